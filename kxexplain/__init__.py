@@ -1,0 +1,40 @@
+"""kxexplain: predictions of trained networks, itemised over their training examples, exactly.
+
+A network trained by gradient descent is a kernel machine (Domingos 2020): its prediction is its initial output
+plus a sum over the training examples. Record training, and read the sum off:
+
+>>> import tempfile, torch
+>>> import kxexplain as kx
+>>> data = kx.datasets.digits()
+>>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+>>> trajectory = kx.train(model, data.train, epochs=2, out=tempfile.mkdtemp(), progress=False)
+>>> explanation = kx.explain(trajectory, model, data.train, data.test[:3][0])
+>>> bill = explanation.baseline + explanation.contributions.sum(1) + explanation.remainder
+>>> torch.allclose(bill, explanation.prediction, atol=1e-5)
+True
+"""
+
+from kxexplain import datasets
+from kxexplain.attribution import Explanation, Ranking, Timeline, explain
+from kxexplain.errors import (
+    ArgumentError,
+    DatasetError,
+    IndexFileError,
+    KxError,
+    MissingExtraError,
+    ModelError,
+    ReplayError,
+    TargetError,
+    TrainingError,
+    TrajectoryError,
+)
+from kxexplain.kernels import path_kernel, tangent_kernel
+from kxexplain.learning.trainer import train
+from kxexplain.trajectory import Recorder, Trajectory, record
+
+__version__ = "0.1.0"
+__all__ = [
+    "ArgumentError", "DatasetError", "Explanation", "IndexFileError", "KxError", "MissingExtraError", "ModelError",
+    "Ranking", "Recorder", "ReplayError", "TargetError", "Timeline", "TrainingError", "Trajectory", "TrajectoryError",
+    "datasets", "explain", "path_kernel", "record", "tangent_kernel", "train",
+]  # fmt: skip

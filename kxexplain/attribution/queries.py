@@ -1,0 +1,168 @@
+"""The queries' side of the bill: what is asked about, and its gradient along every segment."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kxexplain.attribution.targets import ResolvedTarget, TargetSpec, resolve_target
+from kxexplain.attribution.walk import Segment
+from kxexplain.errors import DatasetError, ModelError
+from kxexplain.gradients.discrete import DiscreteGradient, Secant
+from kxexplain.gradients.factors import size
+from kxexplain.kernels.quadrature import Rule
+from kxexplain.shapes import Inputs
+from kxexplain.trajectory import State, Trajectory
+from kxexplain.trajectory.batches import call, count, fetch, leaves, outputs_2d, take
+
+
+@dataclass
+class QuerySide:
+    """The queries and how their gradients along a segment are formed."""
+
+    inputs: Inputs
+    target: ResolvedTarget
+    rule: Rule
+    budget: int
+    gradient: DiscreteGradient
+    names: list[str]
+    buffers: set[str]
+    baseline: Tensor
+    prediction: Tensor
+    labels: Tensor | None
+    chunk: int = 0
+
+    @property
+    def rows(self) -> int:
+        """q."""
+        return self.prediction.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        return self.prediction.dtype
+
+    @classmethod
+    def prepare(
+        cls, trajectory: Trajectory, model: nn.Module, queries: Any, target: TargetSpec, rule: Rule, budget: int
+    ) -> QuerySide:
+        """Check everything about the queries before any work starts."""
+        trajectory.check_model(model)
+        private = copy.deepcopy(model).eval()
+        device = next(private.parameters()).device
+        inputs, labels = query_batch(queries, device)
+        first, last = trajectory.states[0].step, trajectory.states[-1].step
+        with torch.random.fork_rng(devices=[]):
+            before = evaluate(private, trajectory.state(first), inputs)
+            after = evaluate(private, trajectory.state(last), inputs)
+            if not torch.equal(after, evaluate(private, trajectory.state(last), inputs)):
+                raise ModelError(
+                    "the model gives different outputs for the same inputs in evaluation mode; something random "
+                    "(dropout called as a function?) is left on: make it depend on self.training"
+                )
+        resolved = resolve_target(target, after, labels, trajectory.loss if target == "loss" else None)
+        names = moving_names(trajectory)
+        buffers = {name for name, _ in private.named_buffers()}
+        with torch.no_grad():
+            baseline, prediction = (resolved.select(values, slice(None)) for values in (before, after))
+        return cls(
+            inputs, resolved, rule, budget, DiscreteGradient(private, names), names, buffers & set(names),
+            baseline, prediction, labels,
+        )  # fmt: skip
+
+    def chunks(self) -> list[slice]:
+        """Queries in portions whose gradients fit the budget."""
+        step = self.chunk or self.rows
+        return [slice(at, min(at + step, self.rows)) for at in range(0, self.rows, step)]
+
+    def secants(self, segment: Segment, rows: slice) -> list[tuple[float, Secant]]:
+        """The gradients that stand for some queries along a segment, with their weights."""
+        start = {name: segment.start[name] for name in self.names}
+        end = {name: segment.end[name] for name in self.names}
+        inputs, select = take(self.inputs, rows), self.target.select
+        target = lambda values, within: select(values, _within(rows, within))  # noqa: E731
+        if self.rule.exact:
+            return [(1.0, self.gradient(start, end, inputs, target))]
+        made = []
+        for position, weight in self.rule.nodes:
+            at = {name: torch.lerp(start[name], end[name], position) for name in self.names}
+            made.append((weight, self.gradient(at, at, inputs, target)))
+        return made
+
+    def fit(self, segment: Segment) -> None:
+        """Measure a query's gradient and choose the size of portions."""
+        if self.chunk == 0:
+            few = slice(0, min(2, self.rows))
+            with torch.random.fork_rng(devices=[]):
+                made = self.secants(segment, few)
+            each = sum(size(secant.factors) for _, secant in made) // (few.stop or 1)
+            self.chunk = max(1, min(self.rows, self.budget // 8 // max(1, each)))
+
+
+def _within(outer: slice, inner: Tensor | slice) -> slice:
+    assert isinstance(inner, slice)
+    start = outer.start + (inner.start or 0)
+    stop = outer.stop if inner.stop is None else outer.start + inner.stop
+    return slice(start, stop)
+
+
+def query_batch(queries: Any, device: torch.device) -> tuple[Inputs, Tensor | None]:
+    """Queries as a batch of inputs, with targets where they were given.
+
+    Raises:
+        DatasetError: there are none, or their values are not finite.
+    """
+    plain = isinstance(queries, (Tensor, dict)) or (
+        isinstance(queries, (tuple, list)) and len(queries) > 0 and all(isinstance(q, Tensor) for q in queries)
+    )
+    if not plain:
+        if not hasattr(queries, "__getitem__") or not hasattr(queries, "__len__"):
+            raise DatasetError(f"got queries of type {type(queries).__name__}; expected a tensor or a dataset")
+        if len(queries) == 0:
+            raise DatasetError("there are no queries; give at least one input")
+        inputs, labels = fetch(queries, range(len(queries)), device)
+    else:
+        inputs, labels = _to(queries, device), None
+    if count(inputs) == 0:
+        raise DatasetError("there are no queries; give at least one input")
+    for path, leaf in leaves(inputs):
+        if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+            raise DatasetError(f"the queries{path} hold NaN or infinite values; clean them first")
+    return inputs, labels
+
+
+def _to(inputs: Any, device: torch.device) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, dict):
+        return {k: _to(v, device) for k, v in inputs.items()}
+    return tuple(_to(v, device) for v in inputs)
+
+
+def moving_names(trajectory: Trajectory) -> list[str]:
+    """The parameters that train and the floating-point buffers that change, by name."""
+    signature = trajectory.manifest.model
+    first, last = (trajectory.state(trajectory.states[i].step) for i in (0, -1))
+    names = [t.name for t in signature.parameters if t.requires_grad or _differ(first, last, t.name)]
+    return names + [
+        name for name, value in first.buffers.items() if value.is_floating_point() and _differ(first, last, name)
+    ]
+
+
+def _differ(first: State, last: State, name: str) -> bool:
+    a, b = ({**state.parameters, **state.buffers}[name] for state in (first, last))
+    return not torch.equal(a, b)
+
+
+def evaluate(model: nn.Module, state: State, inputs: Inputs) -> Tensor:
+    """Outputs [n, C] with a recorded state's values, without graph."""
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            source = state.parameters.get(name, state.buffers.get(name))
+            assert source is not None
+            tensor.copy_(source)
+        return outputs_2d(call(model, inputs))

@@ -1,0 +1,233 @@
+r"""Per-example gradients from one backward pass: every use of a parameter is seen and its factors kept.
+
+While active, :class:`Capture` sees each torch call. Where a parameter meets data (a *contact*: linear,
+convolution, embedding, norm, elementwise with broadcasting) it keeps what the parameter was applied to and
+the graph edge of what came out; the gradient at that edge then gives every example's own parameter gradient.
+Which axis holds the examples is not guessed from sizes: :class:`Layout` is measured by running two batches of
+different length. A parameter used in any other way is *loose*, and its per-example gradients are taken by one
+backward pass per example. So every model is served, and the usual ones at the cost of one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from kxexplain.gradients.interception import name_of, transparent
+from kxexplain.gradients.two_point import METADATA
+
+
+Place = tuple[int, int]
+"""Which call of the forward code, and which torch call within it: the same for every batch."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where an output keeps its examples: an axis, ``inner`` entries per example, examples outermost or not."""
+
+    axis: int
+    inner: int = 1
+    outermost: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The example axis of every torch call's output in a forward pass, by the call's place in it."""
+
+    axes: Mapping[Place, Axis]
+    fixed: Mapping[Place, torch.Size]
+
+    def axis(self, call: Place, shape: torch.Size, rows: int) -> Axis | None:
+        """The measured axis, if the output's shape agrees with it."""
+        found = self.axes.get(call)
+        if found is None or found.axis >= len(shape) or shape[found.axis] != rows * found.inner:
+            return None
+        return found
+
+    def is_fixed(self, call: Place, output: Any) -> bool:
+        """Whether the call's output was seen not to depend on how many examples there are."""
+        return isinstance(output, Tensor) and self.fixed.get(call) == output.shape
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parameter, or a rearrangement of its elements (a slice, a transpose): ``index`` says which.
+
+    ``index`` holds, for each element of the rearrangement, its position in the flattened parameter.
+    """
+
+    name: str
+    tensor: Tensor
+    size: int
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Use:
+    """One contact: what to do with the gradient at ``edge`` is known to the contact's kind."""
+
+    kind: str
+    sources: Mapping[str, Source]
+    edge: GradientEdge
+    axis: Axis
+    rows: int
+    shape: torch.Size
+    held: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Capture(TorchFunctionMode):
+    """Sees the uses of the given parameters in the code run inside it.
+
+    Args:
+        parameters: name → tensor, the leaves whose per-example gradients are wanted.
+        layout: where the examples are; ``None`` while that is being measured.
+        rows: number of examples in the batch.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], layout: Layout | None, rows: int) -> None:
+        super().__init__()
+        self.sources = {id(tensor): Source(name, tensor, tensor.numel()) for name, tensor in parameters.items()}
+        self.layout, self.rows = layout, rows
+        self.uses: list[Use] = []
+        self.loose: set[str] = set()
+        self.outputs: dict[Place, Any] = {}
+        self.place: Place = (0, 0)
+
+    def enter(self, call: int) -> None:
+        """The forward code has come to its next call (told by a tracer that makes several calls of one)."""
+        if call != self.place[0]:
+            self.place = (call, 0)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = name_of(func)
+        if name in METADATA:
+            return func(*args, **kwargs)
+        body = transparent(func)
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
+        output = func(*args, **kwargs)
+        place = self.place
+        self.place = (place[0], place[1] + 1)
+        if self.layout is None:
+            self.outputs[place] = output
+        else:
+            sources = self._sources((*args, *kwargs.values()))
+            if sources:
+                self._meet(place, name, func, args, kwargs, output, sources)
+        return output
+
+    def _sources(self, values: Iterable[Any]) -> list[Source]:
+        found = []
+        for value in values:
+            if isinstance(value, Tensor):
+                source = self.sources.get(id(value))
+                if source is not None:
+                    found.append(source)
+            elif isinstance(value, (tuple, list)):
+                found += self._sources(value)
+        return found
+
+    def _meet(
+        self, place: Place, name: str, func: Any, args: Any, kwargs: Any, output: Any, sources: Sequence[Source]
+    ) -> None:
+        """File a call that involves parameters: as a contact, a rearrangement, or loose."""
+        from kxexplain.gradients import contacts
+
+        assert self.layout is not None
+        tensors = [t for t in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(t, Tensor)]
+        if not any(t.requires_grad for t in tensors):
+            return
+        axis = self.layout.axis(place, output.shape, self.rows) if isinstance(output, Tensor) else None
+        contact = contacts.CONTACTS.get(name)
+        if axis is not None and contact is not None:
+            made = contact(self.sources, args, kwargs, output, axis)
+            if made is not None:
+                kind, used, held = made
+                self.uses.append(Use(kind, used, get_gradient_edge(output), axis, self.rows, output.shape, held))
+                return
+        fixed = self.layout.is_fixed(place, output) or isinstance(output, (tuple, list))
+        if not (fixed and name in contacts.REARRANGEMENTS and self._rearranged(func, args, kwargs, output, sources)):
+            self.loose.update(source.name for source in sources)
+
+    def _rearranged(self, func: Any, args: Any, kwargs: Any, output: Any, sources: Sequence[Source]) -> bool:
+        """Follow slices, transposes, look-ups: the same call on element positions says which element went where."""
+        (source, *others) = sources
+        if others or source.tensor is not args[0]:
+            return False
+        positions = source.index
+        if positions is None:
+            positions = torch.arange(source.size, device=source.tensor.device).view(source.tensor.shape)
+        with torch.no_grad():
+            moved = func(positions.to(torch.float64), *args[1:], **kwargs)
+        tensors = output if isinstance(output, (tuple, list)) else [output]
+        for tensor, index in zip(tensors, moved if isinstance(moved, (tuple, list)) else [moved]):
+            self.sources[id(tensor)] = Source(source.name, tensor, source.size, index.long())
+        return True
+
+    def edges(self) -> list[GradientEdge]:
+        """The graph edges whose gradients :meth:`factors` needs, in order."""
+        return [use.edge for use in self.uses]
+
+
+Run = Callable[[int, Capture], Tensor]
+"""Runs the forward pass on so many examples inside the capture given; returns the outputs, [n, c]."""
+
+
+def measure(run: Run, parameters: Mapping[str, Tensor]) -> Layout:
+    """Find the example axis of every call by running 2 and 3 examples.
+
+    Where examples share an axis with something else (n·r rows after a reshape), the gradient of the first
+    example's output shows which of the rows are its own.
+    """
+    two, three = Capture(parameters, None, 2), Capture(parameters, None, 3)
+    with torch.enable_grad():
+        outputs = run(2, two)
+        with torch.no_grad():
+            run(3, three)
+    axes: dict[Place, Axis] = {}
+    fixed: dict[Place, torch.Size] = {}
+    for place, a in two.outputs.items():
+        b = three.outputs.get(place)
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            continue
+        found = _axis(a, b, outputs)
+        if found is not None:
+            axes[place] = found
+        elif a.shape == b.shape:
+            fixed[place] = a.shape
+    return Layout(axes, fixed)
+
+
+def _axis(two: Tensor, three: Tensor, outputs: Tensor) -> Axis | None:
+    if two.dim() != three.dim():
+        return None
+    grown = [d for d in range(two.dim()) if two.shape[d] != three.shape[d]]
+    if len(grown) != 1:
+        return None
+    (axis,) = grown
+    inner = three.shape[axis] - two.shape[axis]
+    if two.shape[axis] != 2 * inner or three.shape[axis] != 3 * inner:
+        return None
+    if inner == 1:
+        return Axis(axis)
+    if not two.requires_grad:
+        return Axis(axis, inner)
+    (gradient,) = torch.autograd.grad(outputs[0].sum(), two, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        return None
+    touched = gradient.movedim(axis, 0).reshape(2 * inner, -1).abs().sum(1) > 0
+    if not bool(touched[inner:].any()):
+        return Axis(axis, inner)
+    if not bool(touched[1::2].any()):
+        return Axis(axis, inner, outermost=False)
+    return None

@@ -1,0 +1,309 @@
+r"""Composite operations written in elementary ones, so that each part has its own exact linear map.
+
+Softmax has a closed form of its own. With p = softmax(u), p' = softmax(u') and L the elementwise
+logarithmic mean of p and p', log p'−log p = Δu − Δlse·1 and p'−p = L⊙(log p'−log p); summing to zero gives
+Δlse = ⟨L, Δu⟩/ΣL, hence the exact maps
+
+    softmax: J = diag(L) − L Lᵀ/ΣL      log_softmax: J = I − 1 Lᵀ/ΣL      logsumexp: J = Lᵀ/ΣL
+
+which are the ordinary Jacobians with L in the place of p: symmetric, positive semi-definite, and free of
+overflow for logits of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kxexplain.gradients.rules import RULES, Rule, quadratic, same, secant, settle
+from kxexplain.gradients.secant import logarithmic_mean
+from kxexplain.gradients.two_point import TwoPoint, Untraceable, is_two_point
+
+
+def _log_softmaxes(u: TwoPoint, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """log p, log p' and L along ``dim``."""
+    with torch.no_grad():
+        start, end = u.start.log_softmax(dim), u.end.log_softmax(dim)
+        return start, end, logarithmic_mean(start, end)
+
+
+def softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TwoPoint:
+    """Softmax along a dimension, by the closed form above."""
+    u, dim = _input_and_dim(args, kwargs)
+    start, end, mean = _log_softmaxes(u, dim)
+    start, end = start.exp(), end.exp()
+    weights = mean / mean.sum(dim, keepdim=True)
+    with u.trace.watching():
+        middle = mean * (u.middle - (weights * u.middle).sum(dim, keepdim=True))
+    return TwoPoint(start, end, settle(middle, start, end, u.trace), u.trace)
+
+
+def logsumexp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TwoPoint:
+    """Log-sum-exp along a dimension: the weights L/ΣL applied to u."""
+    u, dim = _input_and_dim(args, kwargs)
+    keepdim = bool(args[2] if len(args) > 2 else kwargs.get("keepdim", False))
+    start, end, mean = _log_softmaxes(u, dim)
+    weights = mean / mean.sum(dim, keepdim=True)
+    with torch.no_grad():
+        start, end = u.start.logsumexp(dim, keepdim), u.end.logsumexp(dim, keepdim)
+    with u.trace.watching():
+        middle = (weights * u.middle).sum(dim, keepdim=keepdim)
+    return TwoPoint(start, end, settle(middle, start, end, u.trace), u.trace)
+
+
+def log_softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """u − logsumexp(u)."""
+    u, dim = _input_and_dim(args, kwargs)
+    return u - torch.logsumexp(u, dim, keepdim=True)
+
+
+def _input_and_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[TwoPoint, int]:
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if isinstance(dim, (tuple, list)) and len(dim) == 1:
+        (dim,) = dim
+    u = args[0] if args else kwargs["input"]
+    if not isinstance(dim, int) or not is_two_point(u):
+        raise Untraceable(f"softmax along {dim!r}")
+    return u, dim
+
+
+def embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A look-up, linear in the table. A padding row gets no gradient in training, but the outputs depend on it."""
+    return quadratic(func, args[:2], {})
+
+
+def divide(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """a / b = a · (1/b); linear where b is plain."""
+    a, b = args[:2]
+    if kwargs.get("rounding_mode") is not None:
+        return secant(func, args, kwargs)
+    return a * torch.reciprocal(b) if is_two_point(b) else quadratic(func, args, kwargs)
+
+
+def power(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """uᵏ for a plain k: quadratic for k = 2, else elementwise; two-point exponents by secant."""
+    base, exponent = args[:2]
+    if is_two_point(exponent) or isinstance(exponent, Tensor) and exponent.dim() > 0:
+        return secant(func, args, kwargs)
+    if float(exponent) in (1.0, 2.0):
+        return quadratic(func, args, kwargs)
+    if float(exponent) == 3.0:
+        return base * base * base
+    from kxexplain.gradients.rules import elementwise
+
+    return elementwise(func, args, kwargs)
+
+
+def maximum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """max(a, b) = a + relu(b − a)."""
+    a, b = args
+    return a + torch.relu(b - a)
+
+
+def minimum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """min(a, b) = a − relu(a − b)."""
+    a, b = args
+    return a - torch.relu(a - b)
+
+
+def prelu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """relu(x) − w relu(−x), w along axis 1."""
+    x, weight = args
+    if weight.numel() > 1:
+        weight = weight.reshape(-1, *[1] * (x.dim() - 2))
+    return torch.relu(x) - weight * torch.relu(-x)
+
+
+def glu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A · sigmoid(b) for the two halves."""
+    a, b = args[0].chunk(2, args[1] if len(args) > 1 else kwargs.get("dim", -1))
+    return a * torch.sigmoid(b)
+
+
+def bilinear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """y_o = x₁ᵀ W_o x₂ + b, as two bilinear steps."""
+    x1, x2, weight, *rest = args
+    bias = rest[0] if rest else kwargs.get("bias")
+    inner = torch.einsum("...i,oij->...oj", x1, weight)
+    value = (inner * x2.unsqueeze(-2)).sum(-1)
+    return value if bias is None else value + bias
+
+
+def dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The identity when evaluating."""
+    if (args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))) and args[1] > 0:
+        raise Untraceable("dropout is active while evaluating")
+    return args[0]
+
+
+def _centred(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    """(x − mean)/√(var + ε) over ``dims``."""
+    shifted = x - x.mean(dims, keepdim=True)
+    return shifted * torch.rsqrt(shifted.square().mean(dims, keepdim=True) + eps)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    scaled_x = x if weight is None else x * weight
+    return scaled_x if bias is None else scaled_x + bias
+
+
+def layer_norm(
+    func: Any, input: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    """Layer norm over the trailing dimensions."""
+    return _affine(_centred(input, list(range(-len(shape), 0)), eps), weight, bias)
+
+
+def rms_norm(func: Any, input: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    """x/√(mean(x²)+ε) over the trailing dimensions."""
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    dims = list(range(-len(shape), 0))
+    return _affine(input * torch.rsqrt(input.square().mean(dims, keepdim=True) + eps), weight, None)
+
+
+def _channels(parameter: Any, like: Any) -> Any:
+    return None if parameter is None else parameter.reshape(-1, *[1] * (like.dim() - 2))
+
+
+def group_norm(
+    func: Any, input: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    """Group norm: centred within groups of channels."""
+    grouped = input.reshape(input.shape[0], groups, -1)
+    centred = _centred(grouped, [-1], eps).reshape(input.shape)
+    return _affine(centred, _channels(weight, input), _channels(bias, input))
+
+
+def batch_norm(
+    func: Any, input: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, *_: Any
+) -> Any:
+    """Batch norm; when evaluating, the running statistics are themselves known at two points."""
+    if training:
+        centred = _centred(input, [d for d in range(input.dim()) if d != 1], eps)
+    else:
+        centred = (input - _channels(mean, input)) * torch.rsqrt(_channels(var, input) + eps)
+    return _affine(centred, _channels(weight, input), _channels(bias, input))
+
+
+def instance_norm(
+    func: Any, input: Any, weight: Any, bias: Any, mean: Any, var: Any, use_input: bool, momentum: float, eps: float, *_: Any
+) -> Any:
+    """Instance norm over the spatial dimensions."""
+    if not use_input:
+        return batch_norm(func, input, weight, bias, mean, var, False, momentum, eps)
+    centred = _centred(input, list(range(2, input.dim())), eps)
+    return _affine(centred, _channels(weight, input), _channels(bias, input))
+
+
+def variance(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Variance over all or some dimensions, with Bessel's correction unless told otherwise."""
+    x = args[0]
+    dim = kwargs.get("dim", args[1] if len(args) > 1 and not isinstance(args[1], bool) else None)
+    unbiased = kwargs.get("unbiased", args[2] if len(args) > 2 else None)
+    if isinstance(dim, bool) or (len(args) > 1 and isinstance(args[1], bool)):
+        dim, unbiased = None, args[1]
+    correction = kwargs.get("correction", 1 if unbiased in (None, True) else 0)
+    dims = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    size = 1
+    for d in dims:
+        size *= x.shape[d]
+    shifted = x - x.mean(dims, keepdim=True)
+    return shifted.square().sum(dims, keepdim=bool(kwargs.get("keepdim", False))) / (size - (correction or 0))
+
+
+def deviation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Square root of the variance."""
+    return variance(func, args, kwargs).sqrt()
+
+
+def vector_norm(func: Any, input: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    """Euclidean norm as √Σx²; other orders by secant."""
+    if ord not in (2, 2.0, "fro", None):
+        return secant(func, (input, ord, dim, keepdim), {"dtype": dtype})
+    dims = list(range(input.dim())) if dim is None else dim
+    return torch.sqrt(input.square().sum(dims, keepdim=keepdim))
+
+
+def attention(
+    func: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    """Scaled-dot-product attention: softmax(QKᵀ/√d + mask) V."""
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    scores = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        shape = (query.shape[-2], key.shape[-2])
+        attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(query.dtype).min)
+    elif attn_mask is not None:
+        scores = scores + attn_mask.clamp_min(torch.finfo(query.dtype).min)
+    return torch.softmax(scores, -1) @ value
+
+
+def cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """log_softmax, which is exact, then an operation linear in it."""
+    return torch.nn.functional.nll_loss(torch.log_softmax(args[0], 1), *_nll(args, kwargs))
+
+
+def _nll(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    target, weight, reduction, ignore_index, smoothing = (*args[1:], *[None] * 5)[:5]
+    if target.is_floating_point() or smoothing:
+        raise Untraceable("cross entropy of probability targets")
+    return target, weight, None, -100 if ignore_index is None else ignore_index, None, _REDUCTIONS[reduction]
+
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+def mse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """(a − b)², then the reduction asked for."""
+    squares = (args[0] - args[1]).square()
+    reduction = args[2] if len(args) > 2 else kwargs.get("reduction", 1)
+    return squares if reduction == 0 else squares.mean() if reduction == 1 else squares.sum()
+
+
+def read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A value leaves torch (``item``, ``bool``, ``numpy``): fine if it is the same at both ends."""
+    import numpy as np
+
+    from kxexplain.gradients.two_point import both_ends
+
+    starts, ends = both_ends(func, args, kwargs)
+    if isinstance(starts, Tensor):
+        return quadratic(func, args, kwargs) if starts.is_floating_point() else secant(func, args, kwargs)
+    if not np.array_equal(starts, ends):
+        raise Untraceable("the forward code reads a value that changes along training")
+    return starts
+
+
+def _by_signature(rule: Callable[..., Any]) -> Rule:
+    return lambda func, args, kwargs: rule(func, *args, **kwargs)
+
+
+RULES.update(
+    {
+        "embedding": embedding, "softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp, "div": divide, "pow": power,
+        "maximum": maximum, "minimum": minimum, "prelu": prelu, "glu": glu, "bilinear": bilinear, "dropout": dropout,
+        "feature_dropout": dropout, "alpha_dropout": dropout, "feature_alpha_dropout": dropout,
+        "var": variance, "std": deviation, "cross_entropy_loss": cross_entropy, "mse_loss": mse,
+        "nll_loss_nd": quadratic, "where": quadratic, "positive": same,
+    }
+    | {name: _by_signature(rule) for name, rule in {
+        "layer_norm": layer_norm, "rms_norm": rms_norm, "group_norm": group_norm, "batch_norm": batch_norm,
+        "instance_norm": instance_norm, "linalg_vector_norm": vector_norm, "scaled_dot_product_attention": attention,
+    }.items()}
+    | dict.fromkeys("item tolist numpy bool int float index array complex contains format repr str".split(), read)
+)  # fmt: skip
+
+
+def is_composite(name: str) -> bool:
+    """Whether an operation is taken apart by a rule of this module."""
+    return name in RULES and RULES[name].__module__ == __name__
+
+

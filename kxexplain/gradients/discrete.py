@@ -1,0 +1,186 @@
+r"""The discrete gradient of a model between two parameter vectors: ⟨D(x), θ'−θ⟩ = f(x;θ')−f(x;θ), exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kxexplain.gradients import composites
+from kxexplain.gradients.capture import Capture, Layout, measure
+from kxexplain.gradients.factors import Factors, concatenate, signature
+from kxexplain.gradients.ordinary import differentiate
+from kxexplain.gradients.products import dot
+from kxexplain.gradients.secant import rank_one_residual
+from kxexplain.gradients.two_point import Substitution, Trace, TwoPoint, Untraceable
+from kxexplain.shapes import Inputs, Tensors
+from kxexplain.trajectory.batches import call, count, outputs_2d, take
+
+Target = Callable[[Tensor, Tensor | slice], Tensor]
+"""From outputs [n, C] and the rows they belong to, to the quantities explained, [n, c]."""
+
+assert composites.is_composite("softmax")
+
+
+@dataclass(frozen=True)
+class Secant:
+    """Discrete gradients of n quantities with c components each.
+
+    Attributes:
+        start: f(x; θ), [n, c].
+        end: f(x; θ'), [n, c].
+        factors: D, but for the correction.
+        correction: r/‖Δ‖², [n, c], where the model as a whole needed Gonzalez' rank-one term; else ``None``.
+            The full gradient is D + correction · Δ.
+        direction: Δ = θ'−θ.
+    """
+
+    start: Tensor
+    end: Tensor
+    factors: Factors
+    correction: Tensor | None
+    direction: Tensors
+
+    def along(self, direction: Tensors) -> Tensor:
+        """⟨D, direction⟩, [n, c]; parameters that ``direction`` lacks count as 0."""
+        found = dot(self.factors, direction)
+        if self.correction is None:
+            return found
+        shared = [(self.direction[n] * d).sum() for n, d in direction.items() if n in self.direction]
+        return found + self.correction * torch.stack(shared).sum() if shared else found
+
+
+class DiscreteGradient:
+    """Makes discrete gradients of one model; measures once where the model keeps its examples.
+
+    Args:
+        model: in evaluation mode; its own values are not used, only its code.
+        names: the parameters and buffers that training moves.
+
+    Where the forward code cannot be followed (it leaves torch, or branches on a value that changes) the model
+    as a whole counts as one operation: gradient at the midpoint plus rank-one correction.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.model, self.names = model, names
+        variables = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.variables = {name: variables[name] for name in names}
+        self.layout: Layout | None = None
+        self.one_by_one = False
+        self.traceable: bool | None = None
+
+    def __call__(self, start: Tensors, end: Tensors, inputs: Inputs, target: Target) -> Secant:
+        """Discrete gradients from ``start`` to ``end`` (values by name) for a batch of n inputs."""
+        if self.traceable is None:
+            self.traceable = self._agrees(start, end, inputs)
+        rows = count(inputs)
+        if not self.one_by_one or rows == 1:
+            made, trace = self._whole(start, end, inputs, target, slice(None))
+            if not trace.mixed or rows == 1:
+                return made
+            self.one_by_one, self.layout = True, None
+        singles = [
+            self._whole(start, end, take(inputs, slice(i, i + 1)), target, slice(i, i + 1))[0] for i in range(rows)
+        ]
+        return _joined(singles)
+
+    def _whole(
+        self, start: Tensors, end: Tensors, inputs: Inputs, target: Target, rows: Tensor | slice
+    ) -> tuple[Secant, Trace]:
+        if not self.traceable:
+            return self._at_midpoint(start, end, inputs, target, rows)
+        values, factors, trace = self._trace(start, end, inputs, target, rows)
+        return self._finish(start, end, values, factors, trace.inexact), trace
+
+    def _at_midpoint(
+        self, start: Tensors, end: Tensors, inputs: Inputs, target: Target, rows: Tensor | slice
+    ) -> tuple[Secant, Trace]:
+        """The whole model as one operation."""
+        middle = {name: (start[name] + end[name]) / 2 for name in self.names}
+        _, factors, trace = self._trace(middle, middle, inputs, target, rows)
+        values = tuple(target(self._plain(where, inputs), rows) for where in (start, end))
+        return self._finish(start, end, values, factors, correct=True), trace
+
+    def _finish(
+        self, start: Tensors, end: Tensors, values: tuple[Tensor, ...], factors: Factors, correct: bool
+    ) -> Secant:
+        direction = {name: end[name] - start[name] for name in self.names}
+        correction = None
+        if correct:
+            norm = torch.stack([d.square().sum() for d in direction.values()]).sum()
+            residual = values[1] - values[0] - dot(factors, direction)
+            correction = rank_one_residual(residual, norm)
+        return Secant(values[0], values[1], factors, correction, direction)
+
+    def _trace(
+        self, start: Tensors, end: Tensors, inputs: Inputs, target: Target, rows: Tensor | slice
+    ) -> tuple[tuple[Tensor, Tensor], Factors, Trace]:
+        leaves = {name: ((start[name] + end[name]) / 2).requires_grad_() for name in self.names}
+        if self.layout is None:
+            self.layout = self._measure(start, end, leaves, inputs)
+        capture = Capture(leaves, self.layout, count(inputs))
+        outputs, trace = self._run(start, end, leaves, inputs, capture)
+        with torch.enable_grad():
+            values = target(outputs, rows)
+            if not isinstance(values, TwoPoint):
+                return (values, values), differentiate(values, capture, leaves), trace
+            factors = differentiate(values.middle, capture, leaves)
+        return (values.start, values.end), factors, trace
+
+    def _run(
+        self, start: Tensors, end: Tensors, leaves: Tensors, inputs: Inputs, capture: Capture
+    ) -> tuple[Tensor, Trace]:
+        trace = Trace(count(inputs), capture)
+        pairs = {
+            id(self.variables[name]): TwoPoint(start[name], end[name], leaves[name], trace) for name in self.names
+        }
+        with torch.enable_grad(), Substitution(pairs, trace):
+            return outputs_2d(call(self.model, inputs)), trace
+
+    def _measure(self, start: Tensors, end: Tensors, leaves: Tensors, inputs: Inputs) -> Layout:
+        size = 1 if self.one_by_one else count(inputs)
+
+        def run(rows: int, capture: Capture) -> Tensor:
+            batch = take(inputs, torch.arange(rows) % size)
+            outputs, _ = self._run(start, end, leaves, batch, capture)
+            return outputs.middle if isinstance(outputs, TwoPoint) else outputs
+
+        return measure(run, leaves)
+
+    def _plain(self, values: Tensors, inputs: Inputs) -> Tensor:
+        with torch.no_grad():
+            for name, variable in self.variables.items():
+                variable.copy_(values[name])
+            return outputs_2d(call(self.model, inputs))
+
+    def _agrees(self, start: Tensors, end: Tensors, inputs: Inputs) -> bool:
+        """Whether following the code gives the model's own outputs at both ends."""
+        leaves = {name: ((start[name] + end[name]) / 2).requires_grad_() for name in self.names}
+        batch = take(inputs, slice(0, 2))
+        try:
+            outputs, _ = self._run(start, end, leaves, batch, Capture({}, Layout({}, {}), count(batch)))
+        except Untraceable:
+            return False
+        if not isinstance(outputs, TwoPoint):
+            return True
+        tolerance = torch.finfo(outputs.start.dtype).eps ** 0.5
+        pairs = ((outputs.start, self._plain(start, batch)), (outputs.end, self._plain(end, batch)))
+        return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max())) for a, b in pairs)
+
+
+def _joined(parts: list[Secant]) -> Secant:
+    if len({signature(part.factors) for part in parts}) > 1:
+        parts = [Secant(p.start, p.end, [d for f in p.factors for d in f.dense()], p.correction, p.direction) for p in parts]
+    corrections = [p.correction for p in parts]
+    correction = None
+    if any(c is not None for c in corrections):
+        correction = torch.cat([torch.zeros_like(p.start) if p.correction is None else p.correction for p in parts])
+    return Secant(
+        torch.cat([p.start for p in parts]),
+        torch.cat([p.end for p in parts]),
+        concatenate([p.factors for p in parts]),
+        correction,
+        parts[0].direction,
+    )

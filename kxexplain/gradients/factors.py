@@ -1,0 +1,185 @@
+r"""Per-example gradients of one use of a parameter, kept in the form that is cheapest to multiply.
+
+A linear layer's per-example gradient is Σ_r g_r a_rᵀ over positions r: :class:`Outer` keeps g and a.
+Anything else, and sequences long enough that the matrix is the smaller thing, is :class:`Dense`: one
+gradient per example, flattened.
+
+Axes: n example · c output (1 for a scalar) · r position · d feature · p parameter element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Gradients Σ_r g_r a_rᵀ of a matrix, and Σ_r g_r of its bias if it has one.
+
+    Attributes:
+        weight: name of the matrix, or ``None`` where only the bias is trained.
+        bias: name of the bias, or ``None``.
+        a: what the matrix was applied to, [n, r, d_in].
+        g: gradients at what came out, [n, c, r, d_out].
+        transposed: the parameter is stored as (d_in, d_out), as in ``x @ w``.
+    """
+
+    weight: str
+    bias: str | None
+    a: Float[Tensor, "n r d_in"]
+    g: Float[Tensor, "n c r d_out"]
+    transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Number of examples."""
+        return self.a.shape[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters concerned."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def elements(self) -> int:
+        """Numbers stored."""
+        return self.a.numel() + self.g.numel()
+
+    def take(self, rows: Tensor | slice) -> Outer:
+        """Some of the examples."""
+        return replace(self, a=self.a[rows], g=self.g[rows])
+
+    def scaled(self, scale: Mapping[str, float]) -> list[Factor]:
+        """Each parameter's gradients times its own number."""
+        if self.bias is None or scale[self.weight] == scale[self.bias]:
+            return [replace(self, g=self.g * scale[self.weight])]
+        matrix = replace(self, bias=None, g=self.g * scale[self.weight])
+        return [matrix, Dense(self.bias, self.g.sum(2) * scale[self.bias])]
+
+    def dense(self) -> list[Dense]:
+        """The same gradients, written out."""
+        g, a = self.g, self.a[:, None]
+        product = a.transpose(-1, -2) @ g if self.transposed else g.transpose(-1, -2) @ a
+        written = [Dense(self.weight, product.flatten(2))]
+        return written if self.bias is None else [*written, Dense(self.bias, g.sum(2))]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Gradients written out: [n, c, p] for one parameter, flattened."""
+
+    weight: str
+    values: Float[Tensor, "n c p"]
+
+    @property
+    def rows(self) -> int:
+        """Number of examples."""
+        return self.values.shape[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameter concerned."""
+        return (self.weight,)
+
+    @property
+    def elements(self) -> int:
+        """Numbers stored."""
+        return self.values.numel()
+
+    def take(self, rows: Tensor | slice) -> Dense:
+        """Some of the examples."""
+        return replace(self, values=self.values[rows])
+
+    def scaled(self, scale: Mapping[str, float]) -> list[Factor]:
+        """The gradients times the parameter's number."""
+        return [replace(self, values=self.values * scale[self.weight])]
+
+    def dense(self) -> list[Dense]:
+        """Itself."""
+        return [self]
+
+
+Factor: TypeAlias = Outer | Dense
+Factors: TypeAlias = list[Factor]
+"""Per-example gradients of a whole model: one entry per use of a parameter; uses of one parameter add."""
+
+
+def compact(factor: Outer) -> Factors:
+    """Write the matrix out where that takes fewer operations than products over pairs of positions.
+
+    A pair of examples costs r²(d_in+d_out) multiplications in factored form and d_in·d_out written out.
+    """
+    positions, (d_in, d_out) = factor.a.shape[1], (factor.a.shape[2], factor.g.shape[3])
+    if positions > 1 and positions**2 * (d_in + d_out) > d_in * d_out:
+        return list(factor.dense())
+    return [factor]
+
+
+def merge(factors: Sequence[Factor]) -> Factors:
+    """Join the written-out uses of one parameter into one entry, so that later products see it once."""
+    merged: Factors = []
+    place: dict[str, int] = {}
+    for factor in factors:
+        if isinstance(factor, Dense) and factor.weight in place:
+            at = place[factor.weight]
+            earlier = merged[at]
+            assert isinstance(earlier, Dense)
+            merged[at] = replace(earlier, values=earlier.values + factor.values)
+            continue
+        if isinstance(factor, Dense):
+            place[factor.weight] = len(merged)
+        merged.append(factor)
+    return merged
+
+
+def scale(factors: Factors, by: Mapping[str, float]) -> Factors:
+    """Every parameter's gradients times its own number (a learning rate, say); zeros are dropped."""
+    kept = [f for f in factors if any(by[name] != 0 for name in f.names)]
+    return [part for f in kept for part in f.scaled(by)]
+
+
+def concatenate(pieces: Sequence[Factors]) -> Factors:
+    """The examples of several passes one after the other; every pass must have met the same uses."""
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    joined: Factors = []
+    for position, head in enumerate(first):
+        column = [piece[position] for piece in pieces]
+        if isinstance(head, Outer):
+            outers = [f for f in column if isinstance(f, Outer)]
+            a, g = torch.cat([f.a for f in outers]), torch.cat([f.g for f in outers])
+            joined.append(replace(head, a=a, g=g))
+        else:
+            joined.append(replace(head, values=torch.cat([f.values for f in column if isinstance(f, Dense)])))
+    return joined
+
+
+def signature(factors: Factors) -> tuple[object, ...]:
+    """What must agree for two passes to be concatenated."""
+    return tuple(
+        (f.weight, f.bias, f.a.shape[1:], f.g.shape[1:], f.transposed)
+        if isinstance(f, Outer)
+        else (f.weight, f.values.shape[1:])
+        for f in factors
+    )
+
+
+def take(factors: Factors, rows: Tensor | slice) -> Factors:
+    """Some of the examples, in every use."""
+    return [f.take(rows) for f in factors]
+
+
+def size(factors: Factors) -> int:
+    """Bytes held."""
+    return sum(f.elements * _item(f) for f in factors)
+
+
+def _item(factor: Factor) -> int:
+    return (factor.a if isinstance(factor, Outer) else factor.values).element_size()

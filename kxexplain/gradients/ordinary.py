@@ -1,0 +1,161 @@
+"""Per-example gradients at one parameter vector: of a model's outputs, or of its losses while training replays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from kxexplain.gradients.capture import Capture, Layout, Use, measure
+from kxexplain.gradients.contacts import ASSEMBLY
+from kxexplain.gradients.factors import Dense, Factors, merge
+from kxexplain.shapes import Inputs, Tensors
+from kxexplain.trajectory.batches import call, count, outputs_2d, take
+
+Select = Callable[[Tensor], Tensor]
+"""From outputs [n, C] to the quantities differentiated, [n, c]; each row depends on its own row only."""
+
+
+def trainable(model: nn.Module) -> Tensors:
+    """The parameters that training moves, by name; a shared one once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def layout_of(model: nn.Module, inputs: Inputs, parameters: Tensors) -> Layout:
+    """Measure where the model keeps its examples (:func:`kxexplain.gradients.capture.measure`)."""
+    size = count(inputs)
+
+    def run(rows: int, capture: Capture) -> Tensor:
+        batch = take(inputs, torch.arange(rows) % size)
+        with capture:
+            return outputs_2d(call(model, batch))
+
+    return measure(run, parameters)
+
+
+def differentiate(values: Tensor, capture: Capture, parameters: Tensors, *, keep_graph: bool = False) -> Factors:
+    """Gradients of ``values`` [n, c] with respect to the captured parameters, example by example.
+
+    One backward pass for each of the c columns, plus one for each example and column if some parameters are
+    used in a way that no contact describes.
+    """
+    columns = values.shape[1]
+    edges = capture.edges()
+    gradients: list[Sequence[Tensor | None]] = []
+    loose = loose_gradients(values, capture, parameters)
+    for column in range(columns):
+        last = column == columns - 1 and not keep_graph
+        total = values[:, column].sum()
+        if edges and total.requires_grad:
+            gradients.append(torch.autograd.grad(total, edges, retain_graph=not last, allow_unused=True))
+    return assemble(capture, gradients, loose)
+
+
+def loose_gradients(values: Tensor, capture: Capture, parameters: Tensors) -> Factors:
+    """Gradients of the parameters without a contact: one backward pass per example and column."""
+    names = [name for name in parameters if name in capture.loose]
+    if not names or not values.requires_grad:
+        return []
+    rows, columns = values.shape
+    tensors = [parameters[name] for name in names]
+    written = [t.new_zeros(rows, columns, t.numel()) for t in tensors]
+    for row in range(rows):
+        for column in range(columns):
+            found = torch.autograd.grad(values[row, column], tensors, retain_graph=True, allow_unused=True)
+            for target, gradient in zip(written, found):
+                if gradient is not None:
+                    target[row, column] = gradient.flatten()
+    return [Dense(name, value) for name, value in zip(names, written)]
+
+
+def assemble(capture: Capture, gradients: Sequence[Sequence[Tensor | None]], loose: Factors) -> Factors:
+    """Factors of all uses from the gradients at their edges, one sequence per column."""
+    made: Factors = []
+    for position, use in enumerate(capture.uses):
+        columns = [_or_zero(g[position], use) for g in gradients]
+        if columns:
+            factors = ASSEMBLY[use.kind](use, torch.stack(columns))
+            made += [f for f in factors if not capture.loose & set(f.names)] or _without(factors, capture.loose)
+    return merge([*made, *loose])
+
+
+def _or_zero(gradient: Tensor | None, use: Use) -> Tensor:
+    if gradient is not None:
+        return gradient
+    source = next(iter(use.sources.values())).tensor
+    return source.new_zeros(use.shape)
+
+
+def _without(factors: Factors, names: set[str]) -> Factors:
+    """The factors less those parameters whose gradients were taken whole."""
+    return [part for f in factors for part in f.dense() if part.weight not in names]
+
+
+def output_gradients(
+    model: nn.Module, inputs: Inputs, layout: Layout, select: Select | None = None
+) -> tuple[Tensor, Factors]:
+    """Outputs and per-example output gradients of a model as it stands.
+
+    Args:
+        model: evaluated in the mode it is in.
+        inputs: a batch of n.
+        layout: from :func:`layout_of` on inputs of the same kind.
+        select: the quantities to differentiate; every output if ``None``.
+
+    Returns:
+        The quantities, [n, c], without graph, and their gradients.
+    """
+    parameters = trainable(model)
+    capture = Capture(parameters, layout, count(inputs))
+    with torch.enable_grad():
+        with capture:
+            outputs = outputs_2d(call(model, inputs))
+        values = outputs if select is None else select(outputs)
+        factors = differentiate(values, capture, parameters)
+    return values.detach(), factors
+
+
+@dataclass
+class StepGradients:
+    """Watches one replayed training step (:class:`kxexplain.trajectory.replay.Watch`).
+
+    After the step: ``factors`` are the examples' shares of the batch gradient, ``pull`` = ∂total/∂f, [n, C], and
+    ``jacobian`` the output gradients, if asked for.
+    """
+
+    layout: Layout
+    parameters: Tensors
+    rows: int
+    with_jacobian: bool = False
+
+    def __post_init__(self) -> None:
+        self.capture = Capture(self.parameters, self.layout, self.rows)
+        self.factors: Factors = []
+        self.jacobian: Factors | None = None
+        self.pull: Tensor
+        self._loose: Factors = []
+
+    def forward(self) -> AbstractContextManager[Capture]:
+        """Entered around the forward pass."""
+        return self.capture
+
+    def edges(self, outputs: Tensor, losses: Tensor, total: Tensor) -> list[GradientEdge]:
+        """What the backward pass must return, once the loose parameters and the Jacobian are taken."""
+        if self.with_jacobian:
+            self.jacobian = differentiate(outputs_2d(outputs), self.capture, self.parameters, keep_graph=True)
+        if self.capture.loose:
+            share = torch.autograd.grad(total, losses, retain_graph=True)[0]
+            self._loose = loose_gradients((losses * share)[:, None], self.capture, self.parameters)
+        self._outputs = outputs
+        return [*self.capture.edges(), get_gradient_edge(outputs)]
+
+    def collect(self, gradients: Sequence[Tensor | None]) -> None:
+        """Turn the gradients at the edges into factors."""
+        *uses, pull = gradients
+        assert pull is not None
+        self.factors = assemble(self.capture, [uses], self._loose)
+        self.pull = outputs_2d(pull)

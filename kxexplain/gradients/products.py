@@ -1,0 +1,156 @@
+r"""Inner products of per-example gradients, without writing the gradients out where structure allows.
+
+⟨g aᵀ, h bᵀ⟩ = (g·h)(a·b): for n × m pairs of a linear layer's examples, 2(d_in+d_out) operations a pair
+instead of 2·d_in·d_out, as two matrix products and an elementwise one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kxexplain.gradients.factors import Dense, Factor, Factors, Outer, merge
+
+Outputs = Literal["full", "trace"]
+
+
+def gram(left: Factors, right: Factors) -> Float[Tensor, "n c m k"]:
+    """All inner products between two sets of per-example gradients, every output with every output.
+
+    Args:
+        left: gradients of n examples with c outputs each.
+        right: gradients of m examples with k outputs each.
+
+    Returns:
+        [n, c, m, k]; summed over all parameters that both sides have.
+    """
+    return _accumulate(left, right, _outer_full, _dense_full)
+
+
+def gram_trace(left: Factors, right: Factors) -> Float[Tensor, "n m"]:
+    """Inner products summed over equal outputs: Σ_c ⟨∇f_c(x), ∇f_c(x')⟩.
+
+    One matrix product over c·d_out columns replaces c² blocks: the structural minimum of operations.
+    """
+    return _accumulate(left, right, _outer_trace, _dense_trace)
+
+
+def _accumulate(left: Factors, right: Factors, outer, dense) -> Tensor:  # type: ignore[no-untyped-def]
+    total: Tensor | None = None
+    for f, h in _pairs(left, right):
+        if isinstance(f, Outer) and isinstance(h, Outer):
+            term = outer(f, h)
+        else:
+            assert isinstance(f, Dense) and isinstance(h, Dense)
+            term = dense(f.values, h.values)
+        total = term if total is None else total.add_(term)
+    if total is None:
+        raise ValueError("the two sets of gradients have no parameter in common")
+    return total
+
+
+def _pairs(left: Factors, right: Factors) -> list[tuple[Factor, Factor]]:
+    """Uses to be multiplied with each other: all uses of one parameter meet all uses of it.
+
+    Where a parameter is kept in different forms (tied to an embedding and a linear layer, say) every use
+    of it is written out first.
+    """
+    forms: dict[str, set[object]] = {}
+    for factor in (*left, *right):
+        form = (factor.names, factor.transposed) if isinstance(factor, Outer) else "dense"
+        for name in factor.names:
+            forms.setdefault(name, set()).add(form)
+    clash = {name for name, met in forms.items() if len(met) > 1}
+    while True:  # an Outer holds two parameters: writing one out drags the other along
+        grown = clash | {n for f in (*left, *right) if clash & set(f.names) for n in f.names}
+        if grown == clash:
+            break
+        clash = grown
+    left, right = _written(left, clash), _written(right, clash)
+    by_name: dict[str, list[Factor]] = {}
+    for h in right:
+        by_name.setdefault(h.weight, []).append(h)
+    return [(f, h) for f in left for h in by_name.get(f.weight, [])]
+
+
+def _written(factors: Factors, names: set[str]) -> Factors:
+    if not names:
+        return factors
+    return merge([part for f in factors for part in (f.dense() if names & set(f.names) else [f])])
+
+
+def _outer_full(f: Outer, h: Outer) -> Tensor:
+    (n, r, d), (m, s, _) = f.a.shape, h.a.shape
+    c, k = f.g.shape[1], h.g.shape[1]
+    if r == 1 and s == 1:
+        inputs = f.a.view(n, d) @ h.a.view(m, d).T
+        if f.bias is not None:
+            inputs += 1
+        outputs = f.g.reshape(n * c, -1) @ h.g.reshape(m * k, -1).T
+        return outputs.view(n, c, m, k).mul_(inputs[:, None, :, None])
+    inputs = torch.einsum("nrd,msd->nrms", f.a, h.a)
+    if f.bias is not None:
+        inputs += 1
+    outputs = torch.einsum("ncrd,mksd->ncrmks", f.g, h.g)
+    return torch.einsum("nrms,ncrmks->ncmk", inputs, outputs)
+
+
+def _dense_full(f: Tensor, h: Tensor) -> Tensor:
+    (n, c, p), (m, k, _) = f.shape, h.shape
+    return (f.reshape(n * c, p) @ h.reshape(m * k, p).T).view(n, c, m, k)
+
+
+def _outer_trace(f: Outer, h: Outer) -> Tensor:
+    (n, r, d), (m, s, _) = f.a.shape, h.a.shape
+    if r == 1 and s == 1:
+        inputs = f.a.view(n, d) @ h.a.view(m, d).T
+        if f.bias is not None:
+            inputs += 1
+        return inputs.mul_(f.g.reshape(n, -1) @ h.g.reshape(m, -1).T)
+    inputs = torch.einsum("nrd,msd->nrms", f.a, h.a)
+    if f.bias is not None:
+        inputs += 1
+    return torch.einsum("nrms,nrms->nm", inputs, torch.einsum("ncrd,mcsd->nrms", f.g, h.g))
+
+
+def _dense_trace(f: Tensor, h: Tensor) -> Tensor:
+    return f.reshape(f.shape[0], -1) @ h.reshape(h.shape[0], -1).T
+
+
+def dot(factors: Factors, direction: Mapping[str, Tensor]) -> Float[Tensor, "n c"]:
+    """Inner product of every example's gradient with one dense direction; parameters it lacks count as 0.
+
+    ⟨U, Σ_r g_r a_rᵀ⟩ = Σ_r g_rᵀ U a_r: one matrix product a layer.
+    """
+    total: Tensor | None = None
+    for f in factors:
+        if isinstance(f, Dense):
+            term = f.values @ direction[f.weight].flatten() if f.weight in direction else None
+        else:
+            term = _outer_dot(f, direction)
+        if term is not None:
+            total = term if total is None else total + term
+    if total is None:
+        first = factors[0]
+        return (first.g[..., 0, 0] if isinstance(first, Outer) else first.values[..., 0]) * 0
+    return total
+
+
+def _outer_dot(f: Outer, direction: Mapping[str, Tensor]) -> Tensor | None:
+    pushed: Tensor | None = None
+    if f.weight in direction:
+        matrix = direction[f.weight]
+        pushed = f.a @ (matrix if f.transposed else matrix.reshape(f.g.shape[-1], -1).T)
+    if f.bias is not None and f.bias in direction:
+        pushed = direction[f.bias].expand(*f.a.shape[:2], -1) if pushed is None else pushed + direction[f.bias]
+    return None if pushed is None else (f.g * pushed[:, None]).sum((-1, -2))
+
+
+def squared_norm(factors: Factors) -> Float[Tensor, "n c"]:
+    """‖∇f_c(x)‖² of every example: the kernel's diagonal, without the matrix."""
+    merged = merge([part for f in factors for part in f.dense()])
+    return torch.stack([f.values.square().sum(-1) for f in merged if isinstance(f, Dense)]).sum(0)

@@ -1,0 +1,176 @@
+"""A tensor known at both ends of a parameter change, and the tracer that carries it through a model.
+
+Every value v computed from the parameters is carried three times: ``start`` = v(θ), ``end`` = v(θ') and
+``middle``, whose value is their mean and whose autograd graph holds, for each operation passed, the linear
+map J of :mod:`kxexplain.gradients.rules` with J(u'−u) = v'−v. Backward through the middle therefore gives
+the discrete gradient D with ⟨D, θ'−θ⟩ = f(θ')−f(θ), exactly and for steps of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_any, tree_iter, tree_map_only
+
+from kxexplain.gradients.interception import name_of, out_of_place, transparent
+
+
+class Untraceable(RuntimeError):  # noqa: N818 - a signal between tracer and caller, never shown to users
+    """The forward code left torch, or branched on a value that differs between the ends."""
+
+
+class Watch(Protocol):
+    """Sees the operations on middle values."""
+
+    def enter(self, call: int) -> None:
+        """The forward code has come to this call."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *details: Any) -> None: ...
+
+
+@dataclass
+class Trace:
+    """One pass over the forward code.
+
+    Attributes:
+        rows: number of examples in the batch; the first axis of what is taken per example.
+        watch: entered around every operation on middle values (the capture of parameter uses).
+        call: how many calls the forward code has made.
+        inexact: some operation had no exact linear map (a comparison flipped with nothing to lay it on).
+        mixed: an operation without a rule had no example axis, so its secant joined the examples.
+    """
+
+    rows: int
+    watch: Watch
+    call: int = 0
+    inexact: bool = False
+    mixed: bool = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Entered around every operation on middle values: they are part of the graph, and seen."""
+        self.watch.enter(self.call)
+        with torch.enable_grad(), self.watch:
+            yield
+
+
+class TwoPoint(Tensor):
+    """A tensor at both ends of a parameter change; see the module's docstring."""
+
+    start: Tensor
+    end: Tensor
+    middle: Tensor
+    trace: Trace
+
+    @staticmethod
+    def __new__(cls, start: Tensor, end: Tensor, middle: Tensor, trace: Trace) -> TwoPoint:
+        made: TwoPoint = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, start.shape, dtype=start.dtype, device=start.device, requires_grad=False
+        )
+        made.start, made.end, made.middle, made.trace = start, end, middle, trace
+        return made
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Untraceable(f"{func} reached a tensor that is known at two points")
+
+    def become(self, other: TwoPoint) -> TwoPoint:
+        """Take the other's values, as an in-place operation does."""
+        self.start, self.end, self.middle = other.start, other.end, other.middle
+        return self
+
+
+class Substitution(TorchFunctionMode):
+    """While active, the given tensors (parameters, buffers) count as their two-point versions."""
+
+    def __init__(self, pairs: dict[int, TwoPoint], trace: Trace) -> None:
+        super().__init__()
+        self.pairs, self.trace = pairs, trace
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if name_of(func) in METADATA:
+            return func(*args, **(kwargs or {}))
+        self.trace.call += 1
+        swap = lambda t: self.pairs.get(id(t), t)  # noqa: E731
+        args, kwargs = tree_map_only(Tensor, swap, (args, kwargs or {}))
+        if not tree_any(is_two_point, (args, kwargs)):
+            return func(*args, **kwargs)
+        return dispatch(func, args, kwargs)
+
+
+METADATA = frozenset(
+    f"get:{name}"
+    for name in (
+        "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_mps", "is_sparse", "is_nested", "names",
+        "is_quantized", "is_leaf", "requires_grad", "itemsize", "nbytes", "is_meta", "is_mkldnn", "is_xpu",
+    )
+) | {"size", "dim", "numel", "element_size", "ndimension", "nelement", "is_floating_point", "is_complex", "stride",
+     "is_contiguous", "get_device", "len", "is_tensor", "is_inference", "is_conj", "is_neg", "is_signed",
+     "result_type", "is_same_size"}  # fmt: skip
+"""Questions about a tensor whose answer is the same at both ends."""
+
+
+def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Carry one call through: by its rule if it has one, through its body if composite, else by secant."""
+    from kxexplain.gradients import rules
+
+    name = name_of(func)
+    if name in METADATA or name.startswith("set:"):
+        return at("start", func, args, kwargs)
+    rule, body = rules.RULES.get(name), transparent(func)
+    if body is not None and (rule is None or func.__module__ != "torch._tensor"):
+        return body(*args, **kwargs)
+    if rule is not None:
+        return rule(func, args, kwargs)
+    original = out_of_place(name)
+    if original is not None and isinstance(args[0], TwoPoint):
+        return args[0].become(dispatch(original, args, kwargs))
+    return rules.secant(func, args, kwargs)
+
+
+def is_two_point(value: Any) -> bool:
+    """Whether the value is carried at two points."""
+    return isinstance(value, TwoPoint)
+
+
+def two_points(args: Any) -> list[TwoPoint]:
+    """The two-point tensors among (nested) arguments, in order."""
+    return [leaf for leaf in tree_iter(args) if isinstance(leaf, TwoPoint)]
+
+
+def at(place: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The call evaluated at one place: ``"start"``, ``"end"`` or ``"middle"``."""
+    args, kwargs = tree_map_only(TwoPoint, lambda t: getattr(t, place), (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def both_ends(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """The call evaluated at both ends, without a graph."""
+    with torch.no_grad():
+        return at("start", func, args, kwargs), at("end", func, args, kwargs)
+
+
+def in_middle(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The call evaluated on the middle values, in their graph and seen by the trace's watch."""
+    (first, *_) = two_points((args, kwargs))
+    with first.trace.watching():
+        return at("middle", func, args, kwargs)

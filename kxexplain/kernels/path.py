@@ -1,0 +1,96 @@
+r"""The path kernel in the flow measure: K(x, x') = ∫ K_θ(τ)(x, x') dτ along the recorded trajectory.
+
+Time is τ = Σ η, so that gradient flow runs at unit speed; the integral is taken over the recorded states by the
+trapezoidal rule, whose weights are positive: the kernel is symmetric and positive semi-definite, as a support
+vector machine needs. (The bill's own kernel counts an example only while it is in the batch; see
+:class:`kxexplain.attribution.result.Explanation`.)
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from kxexplain.errors import ArgumentError
+from kxexplain.kernels.tangent import Outputs, TangentKernel
+from kxexplain.shapes import Inputs
+from kxexplain.trajectory import State, Trajectory
+from kxexplain.trajectory.batches import take
+
+
+def flow_weights(trajectory: Trajectory) -> list[float]:
+    """The trapezoidal rule's weight for every recorded state; they add up to Σ η.
+
+    Raises:
+        ArgumentError: the trajectory has no steps.
+    """
+    if len(trajectory) == 0:
+        raise ArgumentError("the trajectory has no steps; train first")
+    at = [state.step for state in trajectory.states]
+    elapsed = [0.0]
+    for first, last in zip(at, at[1:]):
+        rates = [sum(step.rates) / len(step.rates) for step in trajectory.steps[first:last]]
+        elapsed.append(elapsed[-1] + sum(rates))
+    gaps = [b - a for a, b in zip(elapsed, elapsed[1:])]
+    return [(before + after) / 2 for before, after in zip([0.0, *gaps], [*gaps, 0.0])]
+
+
+def put(state: State, model: nn.Module) -> None:
+    """Set a model's parameters and buffers to a recorded state's."""
+    values = {**state.parameters, **state.buffers}
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.copy_(values[name])
+
+
+def path_kernel(
+    trajectory: Trajectory,
+    model: nn.Module,
+    x1: Inputs,
+    x2: Inputs | None = None,
+    outputs: Outputs = "trace",
+    *,
+    batch: int = 256,
+) -> Tensor:
+    r"""Gram matrix of the path kernel, Σ_s w_s K_{θ_s}(x, x'), over the recorded states.
+
+    Args:
+        trajectory: the recorded training.
+        model: a model of the recorded architecture; not changed.
+        x1: n inputs.
+        x2: m inputs; ``x1`` itself if ``None``.
+        outputs: ``"trace"``, ``"full"`` or one output's number, as for :func:`kxexplain.tangent_kernel`.
+        batch: examples differentiated at once (memory, not result).
+
+    Returns:
+        [n, m], or for ``"full"`` [n, m, C, C]; symmetric and positive semi-definite for ``x2=None``.
+
+    Raises:
+        ModelError: not the recorded architecture.
+        ArgumentError: no steps, or an unknown value of ``outputs``.
+
+    Source: Domingos 2020, arXiv 2012.00152, definition 2.
+
+    >>> import tempfile, torch, kxexplain as kx
+    >>> data = torch.utils.data.TensorDataset(torch.eye(2), torch.eye(2))
+    >>> model = torch.nn.Linear(2, 2, bias=False)
+    >>> sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    >>> trajectory = kx.train(model, data, "mse", sgd, epochs=2, batch_size=2, out=tempfile.mkdtemp(), progress=False)
+    >>> path_kernel(trajectory, model, torch.eye(2))  # a linear model's kernel is constant: 2 outputs × Σ η
+    tensor([[2., 0.],
+            [0., 2.]])
+    """
+    trajectory.check_model(model)
+    private = copy.deepcopy(model).eval()
+    kernel = TangentKernel(private, take(x1, slice(0, 1)), outputs, batch)
+    total: Tensor | None = None
+    with torch.random.fork_rng(devices=[]):
+        for state, weight in zip(trajectory.states, flow_weights(trajectory)):
+            put(trajectory.state(state.step), kernel.model)
+            left = kernel.gradients(x1)
+            found = kernel.between(left, left if x2 is None else kernel.gradients(x2)) * weight
+            total = found if total is None else total.add_(found)
+    assert total is not None
+    return total

@@ -1,0 +1,304 @@
+"""The bundled training loop: :func:`train` records while it trains, and can be interrupted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from kxexplain.errors import ArgumentError, TrainingError
+from kxexplain.learning.interrupts import interrupts
+from kxexplain.learning.progress import Progress
+from kxexplain.trajectory import LossFunction, Manifest, Recorder, Trajectory, rng
+from kxexplain.trajectory import keep as keeping
+from kxexplain.trajectory.batches import fetch
+from kxexplain.trajectory.describe import check_budget, describe
+from kxexplain.trajectory.forward import assign, forward, gradients
+from kxexplain.trajectory.losses import resolve
+from kxexplain.trajectory.states import load_model, load_optimizer
+from kxexplain.trajectory.store import is_trajectory, prepare
+
+Optimizer = torch.optim.Optimizer
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+def train(
+    model: nn.Module,
+    dataset: Any,
+    loss: str | LossFunction = "cross_entropy",
+    optimizer: Optimizer | MakeOptimizer | None = None,
+    *,
+    epochs: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    out: str | PathLike[str],
+    keep: str | int = "epoch",
+    scheduler: LRScheduler | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Trajectory:
+    """Train ``model`` in place and record how, in the folder ``out``.
+
+    Args:
+        model: any module; it ends with the trained weights, and in the mode it came in.
+        dataset: a map-style dataset of (input, target) whose order is fixed.
+        loss: a name of :data:`kxexplain.trajectory.LOSSES`, or a function giving one loss per
+            example; the mean over the batch is minimised.
+        optimizer: of ``torch.optim``, over the model's parameters; or a function that makes one
+            from parameters. Default: SGD with learning rate 0.1.
+        epochs: passes over the dataset, each in an order that (seed, epoch) determines.
+        batch_size: examples per step; the last batch of an epoch may be smaller.
+        seed: of the order, and of torch's generators (dropout) while training.
+        out: a new or empty folder.
+        keep: the states to keep: "step", "epoch", a number of steps, or a size like "200MB".
+        scheduler: of torch, over the same optimiser; stepped once an epoch.
+        resume: go on from the last state in ``out``, to the result of an uninterrupted run; start
+            if there is none, and return a finished run as it is.
+        overwrite: replace a trajectory that ``out`` holds.
+        progress: show a bar with loss and rate, if this is a terminal.
+
+    Ctrl-C finishes the step, saves the state and raises ``KeyboardInterrupt``. A loss or gradient
+    that is not finite raises ``TrainingError``; in both cases ``out`` holds a good trajectory up to
+    there. ``ModelError``, ``DatasetError``, ``ArgumentError`` and ``TrajectoryError`` come before
+    any work.
+
+    >>> import tempfile
+    >>> from torch.utils.data import TensorDataset
+    >>> data = TensorDataset(torch.eye(8), torch.arange(8) % 2)
+    >>> trajectory = train(nn.Linear(8, 2), data, epochs=3, batch_size=4, out=tempfile.mkdtemp())
+    >>> len(trajectory), [state.step for state in trajectory.states]
+    (6, [0, 2, 4, 6])
+    """
+    _check_numbers(epochs=epochs, batch_size=batch_size, seed=seed)
+    if resume and overwrite:
+        raise ArgumentError("resume=True and overwrite=True exclude each other; choose one")
+    policy = keeping.parse(keep)
+    check_budget(policy, model)
+    ready = _optimizer(optimizer, model)
+    settings = {"loop": "train", "epochs": epochs, "batch_size": batch_size}
+    settings["scheduler"] = _check_scheduler(scheduler, ready)
+    with _training_mode(model):
+        manifest = describe(
+            model, ready, loss, dataset,
+            keep=keep, reduction="mean", seed=seed, settings=settings,
+        )  # fmt: skip
+        recorder = Recorder(model, ready, manifest, policy, path=Path(out), loss=loss)
+        run = _Run(model, ready, scheduler, recorder, dataset=dataset, loss=resolve(loss)[1])
+        if resume and is_trajectory(Path(out)):
+            old = Trajectory.open(out, loss if callable(loss) else None)
+            old.check_model(model)
+            _check_same(old.manifest, manifest, stepped=scheduler is not None)
+            if run.restore(old):
+                return old
+        else:
+            prepare(Path(out), overwrite=overwrite)
+        run.train(progress=progress)
+    return recorder.trajectory
+
+
+class _Run:
+    """One call of :func:`train`: where it is, and the loop."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        recorder: Recorder,
+        *,
+        dataset: Any,
+        loss: LossFunction,
+    ) -> None:
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.recorder, self.dataset, self.loss = recorder, dataset, loss
+        manifest = recorder.manifest
+        self.seed = 0 if manifest.seed is None else manifest.seed
+        self.epochs: int = manifest.settings["epochs"]
+        self.batch_size: int = manifest.settings["batch_size"]
+        self.examples = manifest.dataset.count
+        self.batches = math.ceil(self.examples / self.batch_size)
+        self.device = next(model.parameters()).device
+        self.parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+        self.start = 0
+        self.rng: rng.RngState = {}  # to begin with, if not the seed's
+        self.losses: list[float] = []  # of the present epoch
+        recorder.extra = self._extra
+
+    def restore(self, old: Trajectory) -> bool:
+        """Take over the last recorded state; whether the run was finished already."""
+        self.start, total = len(old), self.epochs * self.batches
+        if self.start > total:
+            raise ArgumentError(
+                f"epochs: {self.epochs} asked for, but the run already has {self.start / self.batches:g}"
+            )
+        state = old.state(self.start)
+        load_model(state, self.model)
+        load_optimizer(state, self.optimizer, old.manifest.optimizer)
+        if self.start == total:
+            return True
+        self.rng = state.rng_bytes
+        if self.scheduler is not None:
+            template = self.scheduler.state_dict()
+            self.scheduler.load_state_dict(_like(template, state.extra["scheduler"]))
+        within = self.start % self.batches
+        done = within or (self.batches if self.start else 0)
+        self.losses = [step.loss for step in old.steps[self.start - done : self.start]]
+        if self.start and not within:  # the state was taken before the scheduler's step
+            self._end_epoch()
+        self.recorder.resume(old)
+        return False
+
+    def train(self, *, progress: bool) -> None:
+        """All steps that are left to do."""
+        with ExitStack() as stack:
+            stack.enter_context(rng.fork(self.device))
+            torch.manual_seed(self.seed)
+            rng.restore(self.rng, self.device)
+            bar = Progress(self.epochs * self.batches, self.start, shown=progress)
+            stack.enter_context(bar)
+            interrupted = stack.enter_context(interrupts())
+            stack.enter_context(self.recorder)
+            for epoch in range(self.start // self.batches, self.epochs):
+                for indices in self._left(epoch):
+                    self._step(indices, epoch)
+                    bar.step(epoch, self.losses[-1], self.optimizer.param_groups[0]["lr"])
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt
+                self._end_epoch()
+
+    def _left(self, epoch: int) -> Iterator[Tensor]:
+        """The epoch's batches of indices that are still to come."""
+        order = _permutation(self.examples, self.seed, epoch)
+        done = max(0, self.start - epoch * self.batches)
+        return iter(torch.split(order, self.batch_size)[done:])
+
+    def _step(self, indices: Tensor, epoch: int) -> None:
+        inputs, targets = fetch(self.dataset, indices, self.device)
+        result = forward(self.model, inputs, targets, loss=self.loss, reduction="mean")
+        value = result.total.item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss at step {self.recorder.position} is {value}; training stopped there, "
+                "and the trajectory up to it is good. Lower the learning rate, or check the data"
+            )
+        assign(self.parameters, gradients(result.total, self.parameters)[0])
+        self.optimizer.step()
+        self.losses.append(value)
+        self.recorder.step(indices, value, epoch=epoch)
+
+    def _end_epoch(self) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(math.fsum(self.losses) / len(self.losses))
+        elif self.scheduler is not None:
+            self.scheduler.step()
+        self.losses = []
+
+    def _extra(self) -> dict[str, Any]:
+        return {} if self.scheduler is None else {"scheduler": self.scheduler.state_dict()}
+
+
+def _permutation(examples: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch's examples: a function of its arguments alone."""
+    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    return torch.randperm(examples, generator=torch.Generator().manual_seed(int(mixed)))
+
+
+def _optimizer(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> Optimizer:
+    if isinstance(given, Optimizer):
+        return given
+    if given is None:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+    made = given(model.parameters())
+    if not isinstance(made, Optimizer):
+        raise ArgumentError(
+            f"optimizer= returned a {type(made).__name__}, expected an optimizer of torch.optim"
+        )
+    return made
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        least = 0 if name == "seed" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ArgumentError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> str | None:
+    """The scheduler's name for the manifest; its state must fit into a recorded state."""
+    if scheduler is None:
+        return None
+    if scheduler.optimizer is not optimizer:
+        raise ArgumentError("the scheduler belongs to another optimizer; build it from this one")
+    try:
+        json.dumps(scheduler.state_dict())
+    except TypeError as error:
+        raise ArgumentError(
+            f"the state of {type(scheduler).__name__} cannot be recorded ({error}); use a "
+            "scheduler of numbers, or your own loop with kx.record"
+        ) from error
+    return type(scheduler).__name__
+
+
+def _like(template: Any, value: Any) -> Any:
+    """A value read from JSON with the key types, tuples and counters of ``template``."""
+    if isinstance(template, dict) and isinstance(value, dict):
+        keys = {str(key): key for key in template}
+        pairs = {keys.get(k, k): _like(template.get(keys.get(k, k)), v) for k, v in value.items()}
+        return type(template)(pairs)
+    if isinstance(template, (list, tuple)) and isinstance(value, list):
+        inner = [*template, *[None] * len(value)]
+        return type(template)(_like(t, v) for t, v in zip(inner, value, strict=False))
+    return value
+
+
+def _check_same(old: Manifest, new: Manifest, *, stepped: bool) -> None:
+    """``ArgumentError`` naming the first setting in which a run to resume differs from now."""
+    difference = old.dataset.difference(new.dataset)
+    if difference:
+        raise ArgumentError(f"cannot resume with another dataset: {difference}")
+    for name in ("loss", "seed", "keep", "reduction"):
+        _same(name, getattr(old, name), getattr(new, name))
+    for name in ("loop", "batch_size", "scheduler"):
+        _same(name, old.settings.get(name), new.settings.get(name))
+    _same("frozen parameters", _frozen(old), _frozen(new))
+    _same("optimizer", old.optimizer.name, new.optimizer.name)
+    _same("parameter groups", len(old.optimizer.groups), len(new.optimizer.groups))
+    for ours, theirs in zip(old.optimizer.groups, new.optimizer.groups, strict=True):
+        _same("optimizer parameters", ours.names, theirs.names)
+        for key in sorted(ours.options.keys() | theirs.options.keys()):
+            if not (stepped and key == "lr"):  # the scheduler has moved it meanwhile
+                _same(f"optimizer option {key}", ours.options.get(key), theirs.options.get(key))
+
+
+def _frozen(manifest: Manifest) -> list[str]:
+    return [t.name for t in manifest.model.parameters if not t.requires_grad]
+
+
+def _same(name: str, old: object, new: object) -> None:
+    if old != new:
+        raise ArgumentError(
+            f"cannot resume with another {name}: the run was begun with {old!r}, not {new!r}; "
+            "give what it was begun with, or another folder"
+        )
+
+
+@contextmanager
+def _training_mode(model: nn.Module) -> Iterator[None]:
+    """Inside the block the whole model is in training mode; afterwards each module as before."""
+    before = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training

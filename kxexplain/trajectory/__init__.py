@@ -1,0 +1,60 @@
+"""The trajectory: what training went through, recorded, stored and replayed.
+
+``record`` is what a loop calls and gives a :class:`Recorder`; :class:`Trajectory` opens the folder
+it writes; :class:`Replayer` redoes its steps; ``split`` says how an optimiser's step divides.
+"""
+
+from kxexplain.trajectory.batches import (
+    Fingerprint,
+    call,
+    count,
+    fetch,
+    fingerprint,
+    outputs_2d,
+    take,
+)
+from kxexplain.trajectory.losses import LOSSES, LossFunction, check_losses, resolve
+from kxexplain.trajectory.recorder import Recorder, record
+from kxexplain.trajectory.records import (
+    GroupRecord,
+    Manifest,
+    ModelSignature,
+    OptimizerRecord,
+    StateRecord,
+    StepRecord,
+    TensorRecord,
+)
+from kxexplain.trajectory.replay import ReplayedStep, Replayer, Watch
+from kxexplain.trajectory.states import State
+from kxexplain.trajectory.trajectory import Trajectory
+from kxexplain.trajectory.updates import Split, split
+
+__all__ = [
+    "LOSSES",
+    "Fingerprint",
+    "GroupRecord",
+    "LossFunction",
+    "Manifest",
+    "ModelSignature",
+    "OptimizerRecord",
+    "Recorder",
+    "ReplayedStep",
+    "Replayer",
+    "Split",
+    "State",
+    "StateRecord",
+    "StepRecord",
+    "TensorRecord",
+    "Trajectory",
+    "Watch",
+    "call",
+    "check_losses",
+    "count",
+    "fetch",
+    "fingerprint",
+    "outputs_2d",
+    "record",
+    "resolve",
+    "split",
+    "take",
+]

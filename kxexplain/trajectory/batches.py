@@ -1,0 +1,260 @@
+"""Fetching examples, calling models on them, and telling two datasets apart.
+
+An example's identity is its index in the dataset, never its place in a loader's order. Everything
+here works on nested inputs: a tensor, a tuple or a dict of tensors that share their first axis.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset, default_collate
+
+from kxexplain.errors import ArgumentError, DatasetError, ModelError
+from kxexplain.shapes import Inputs
+
+Indices: TypeAlias = Sequence[int] | np.ndarray | Tensor
+
+CHUNK_BYTES = 8 << 20
+"""Bytes of examples that a fingerprint holds at once; the result does not depend on it."""
+
+
+def fetch(dataset: Any, indices: Indices, device: torch.device | str | None = None) -> tuple[Inputs, Tensor]:
+    """The examples at ``indices`` as one batch ``(inputs, targets)`` with ``len(indices)`` rows.
+
+    A ``TensorDataset``, also below ``Subset``, is indexed directly; of any other dataset the items
+    are collated by torch's default rules. ``DatasetError`` if that yields no (input, target) pair.
+
+    >>> data = TensorDataset(torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 0]))
+    >>> fetch(data, [2, 0])
+    (tensor([[4., 5.],
+            [0., 1.]]), tensor([0, 0]))
+    """
+    if len(indices) == 0:
+        raise ArgumentError("got no indices to fetch; give at least one example")
+    while type(dataset) is Subset:
+        indices, dataset = _below(dataset.indices, indices), dataset.dataset
+    if type(dataset) is TensorDataset:
+        rows = torch.as_tensor(indices, dtype=torch.int64, device=dataset.tensors[0].device)
+        return _pair([t.index_select(0, rows) for t in dataset.tensors], device)
+    items = [dataset[int(i)] for i in indices]
+    _check_item(items[0])
+    try:
+        return _pair(default_collate(items), device)
+    except (RuntimeError, TypeError) as error:
+        raise DatasetError(
+            f"examples {_short(indices)} cannot be put in one batch: {error}. "
+            "Give every example the same shape and type (pad them, for instance)"
+        ) from error
+
+
+def call(model: nn.Module, inputs: Inputs) -> Tensor:
+    """``model(inputs)``; a tuple becomes positional and a dict keyword arguments.
+
+    ``ModelError`` if the model returns anything but a tensor whose first axis is the batch.
+
+    >>> call(nn.Linear(2, 1), torch.zeros(3, 2)).shape
+    torch.Size([3, 1])
+    """
+    if isinstance(inputs, Tensor):
+        outputs = model(inputs)
+    elif isinstance(inputs, Mapping):
+        outputs = model(**inputs)
+    else:
+        outputs = model(*inputs)
+    if not isinstance(outputs, Tensor) or outputs.dim() == 0:
+        got = "a scalar" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise ModelError(
+            f"the model returned {got}, expected a tensor with one row per example; wrap it in an "
+            "nn.Module whose forward returns that tensor"
+        )
+    return outputs
+
+
+def take(inputs: Inputs, rows: slice | Tensor) -> Inputs:
+    """The given rows of a batch, of the same nesting as ``inputs``.
+
+    >>> take((torch.arange(4), {"mask": torch.ones(4)}), slice(0, 2))
+    (tensor([0, 1]), {'mask': tensor([1., 1.])})
+    """
+    if isinstance(inputs, Tensor):
+        return inputs[rows]
+    if isinstance(inputs, Mapping):
+        return {key: take(value, rows) for key, value in inputs.items()}
+    return tuple(take(value, rows) for value in inputs)
+
+
+def count(inputs: Inputs) -> int:
+    """Number of rows of a batch; ``DatasetError`` if its tensors disagree.
+
+    >>> count({"x": torch.zeros(5, 2)})
+    5
+    """
+    sizes = {leaf.shape[0] if leaf.dim() else -1 for _, leaf in leaves(inputs)}
+    if len(sizes) != 1 or -1 in sizes:
+        raise DatasetError(f"the inputs' first axes must agree and be the batch, got {sizes}")
+    return sizes.pop()
+
+
+def outputs_2d(outputs: Tensor) -> Tensor:
+    """Outputs as (n, C): ``(n,)`` gains an axis, further axes are flattened into one.
+
+    >>> outputs_2d(torch.zeros(4)).shape, outputs_2d(torch.zeros(4, 2, 3)).shape
+    (torch.Size([4, 1]), torch.Size([4, 6]))
+    """
+    if outputs.dim() == 1:
+        return outputs.unsqueeze(1)
+    return outputs if outputs.dim() == 2 else outputs.flatten(1)
+
+
+def leaves(inputs: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a nested batch with their paths, dict keys in sorted order."""
+    if isinstance(inputs, Tensor):
+        yield path, inputs
+    elif isinstance(inputs, Mapping):
+        for key in sorted(inputs):
+            yield from leaves(inputs[key], f"{path}.{key}")
+    elif isinstance(inputs, Sequence) and not isinstance(inputs, str):
+        for position, value in enumerate(inputs):
+            yield from leaves(value, f"{path}.{position}")
+    else:
+        raise DatasetError(
+            f"an example holds a {type(inputs).__name__}; expected tensors, arrays or numbers, "
+            "alone or in a tuple or dict"
+        )
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a dataset contains: its length, a hash in order, and one that ignores the order."""
+
+    count: int
+    ordered: str
+    unordered: str
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """In words, how ``other`` differs from this one; ``None`` if it does not."""
+        if self == other:
+            return None
+        if self.count != other.count:
+            return f"{other.count} examples instead of {self.count}"
+        if self.unordered == other.unordered:
+            return "the same examples in another order"
+        return "as many examples, but with other contents"
+
+
+def fingerprint(dataset: Any) -> Fingerprint:
+    """Hash every example of ``dataset``; a few are fetched twice first to see that they stay equal.
+
+    The result depends on the examples alone (values, dtypes, shapes), not on the class that serves
+    them. ``DatasetError`` if the dataset is empty, has no length, serves anything but
+    (input, target), or serves something else the second time (random augmentation).
+
+    >>> data = TensorDataset(torch.eye(3), torch.arange(3))
+    >>> fingerprint(data).difference(fingerprint(Subset(data, [2, 0, 1])))
+    'the same examples in another order'
+    """
+    total = size(dataset)
+    probe = sorted({0, 1 % total, total // 2, total - 1})
+    first = _digests(dataset, probe)
+    if first != _digests(dataset, probe):
+        raise DatasetError(
+            "the dataset served different values for the same index when asked twice; random "
+            "augmentation cannot be replayed: apply it once, beforehand, and train on the result"
+        )
+    inputs, targets = fetch(dataset, probe[:1])
+    row = sum(leaf.nbytes for _, leaf in leaves((inputs, targets)))
+    step = max(1, CHUNK_BYTES // max(1, row))
+    digests: list[bytes] = []
+    for start in range(0, total, step):
+        digests += _digests(dataset, np.arange(start, min(start + step, total)))
+    return Fingerprint(total, _hash(digests), _hash(sorted(digests)))
+
+
+def size(dataset: Any) -> int:
+    """``len(dataset)``; ``DatasetError`` if it has none or is empty."""
+    try:
+        total = len(dataset)
+    except (TypeError, NotImplementedError) as error:
+        raise DatasetError(
+            f"a {type(dataset).__name__} has no length; expected a map-style dataset, whose "
+            "examples can be asked for by index"
+        ) from error
+    if total == 0:
+        raise DatasetError("the dataset is empty; give at least one example")
+    return total
+
+
+def _digests(dataset: Any, indices: Indices) -> list[bytes]:
+    """One 16-byte digest per example: of the paths, dtypes, shapes and bytes of its tensors."""
+    parts = list(leaves(fetch(dataset, indices)))
+    layout = ";".join(f"{path}:{leaf.dtype}:{tuple(leaf.shape[1:])}" for path, leaf in parts)
+    start = hashlib.blake2b(layout.encode(), digest_size=16)
+    rows = [_rows(leaf) for _, leaf in parts]
+    digests = []
+    for i in range(len(indices)):
+        state = start.copy()
+        for data, width in rows:
+            state.update(data[i * width : (i + 1) * width])
+        digests.append(state.digest())
+    return digests
+
+
+def _rows(leaf: Tensor) -> tuple[memoryview, int]:
+    """A tensor's bytes and the number of them per row."""
+    flat = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(cast(Any, flat.numpy())), flat.numel() // leaf.shape[0]
+
+
+def _hash(digests: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _below(table: Any, indices: Indices) -> Indices:
+    """Indices into a ``Subset`` as indices into the dataset below it."""
+    if isinstance(table, Tensor):
+        return table[torch.as_tensor(indices, dtype=torch.int64)]
+    if isinstance(table, np.ndarray):
+        return cast(np.ndarray, table[np.asarray(indices, dtype=np.int64)])
+    return [int(table[int(i)]) for i in indices]
+
+
+def _pair(batch: Any, device: torch.device | str | None) -> tuple[Inputs, Tensor]:
+    _check_item(batch)
+    inputs, targets = batch
+    if not isinstance(targets, Tensor):
+        raise DatasetError(
+            f"targets collate to a {type(targets).__name__}, expected a tensor; "
+            "give numbers, arrays or tensors as targets"
+        )
+    if device is None:
+        return inputs, targets
+    return _move(inputs, device), targets.to(device)
+
+
+def _check_item(item: Any) -> None:
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        got = f"{len(item)} parts" if isinstance(item, (tuple, list)) else type(item).__name__
+        raise DatasetError(
+            f"an example of the dataset is {got}, expected a pair (input, target); "
+            "several inputs go into one tuple or dict: ((a, b), target)"
+        )
+
+
+def _move(inputs: Inputs, device: torch.device | str) -> Inputs:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: _move(value, device) for key, value in inputs.items()}
+    return tuple(_move(value, device) for value in inputs)
+
+
+def _short(indices: Indices) -> str:
+    shown = [int(i) for i in indices[:4]]
+    return f"{shown}"[:-1] + (", …]" if len(indices) > 4 else "]")

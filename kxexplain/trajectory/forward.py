@@ -1,0 +1,63 @@
+"""What training and replay must do in the same way, to the last bit: one step's computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from kxexplain.errors import ModelError
+from kxexplain.shapes import Inputs
+from kxexplain.trajectory.batches import call
+from kxexplain.trajectory.losses import LossFunction, check_losses
+
+Reduction = Literal["mean", "sum"]
+
+
+class Forward(NamedTuple):
+    """A batch's outputs, losses ``(n,)`` and their mean or sum."""
+
+    outputs: Tensor
+    losses: Tensor
+    total: Tensor
+
+
+def forward(
+    model: nn.Module,
+    inputs: Inputs,
+    targets: Tensor,
+    *,
+    loss: LossFunction,
+    reduction: Reduction,
+    around: AbstractContextManager[None] | None = None,
+) -> Forward:
+    """Run the model (inside ``around``), then the loss, then reduce."""
+    with around or nullcontext():
+        outputs = call(model, inputs)
+    losses = loss(outputs, targets)
+    check_losses(losses, targets.shape[0])
+    return Forward(outputs, losses, losses.mean() if reduction == "mean" else losses.sum())
+
+
+def gradients(
+    total: Tensor, parameters: Sequence[Tensor], edges: Sequence[GradientEdge] = ()
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of ``total`` at the parameters and at the edges; ``None`` where it has none."""
+    if not total.requires_grad:
+        raise ModelError(
+            "the loss does not depend on any trainable parameter; check requires_grad, and that "
+            "neither the model nor the loss detaches its outputs"
+        )
+    wanted: list[Any] = [*parameters, *edges]  # torch takes both together, its annotation does not
+    found = torch.autograd.grad(total, wanted, allow_unused=True)
+    return list(found[: len(parameters)]), list(found[len(parameters) :])
+
+
+def assign(parameters: Iterable[nn.Parameter], values: Iterable[Tensor | None]) -> None:
+    """Put gradients where an optimiser looks for them."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.grad = value

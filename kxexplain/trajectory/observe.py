@@ -1,0 +1,173 @@
+"""Watching a training loop through hooks, so that nothing it does goes unlogged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kxexplain.errors import TrainingError
+from kxexplain.shapes import Tensors
+from kxexplain.trajectory import rng
+from kxexplain.trajectory.log import Modes
+from kxexplain.trajectory.states import rates
+
+RATES = ("params", "lr", "initial_lr")
+"""Options of a parameter group that may change while training goes on."""
+
+
+class Observer:
+    """What model and optimiser did since the last logged step.
+
+    The optimiser's step is seen before it happens, so that a gradient that is not finite stops
+    training while the parameters are still good.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.device = next(model.parameters()).device
+        self.step = 0
+        self.pending = False
+        self.completed = False
+        self.rates: tuple[float, ...] = ()
+        self.norm = 0.0
+        self.rng = rng.capture(self.device)
+        self._started: rng.RngState | None = None
+        self._buffers: Tensors | None = None
+        self._has_buffers = any(True for _ in model.buffers())
+        self._options = _options(optimizer)
+        self._names = [name for name, _ in model.named_modules()]
+        self._modules = list(model.modules())
+        self._named = dict(model.named_parameters())
+        self._flags: tuple[list[bool], list[bool]] | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks are on the model and the optimiser inside the block."""
+
+        # Plain functions: a copy of the model made meanwhile keeps them, and must not report here.
+        def before_forward(module: nn.Module, *_: Any) -> None:
+            if module is self.model and torch.is_grad_enabled():
+                self._before_forward()
+
+        def before_step(*_: Any) -> None:
+            self._before_step()
+
+        def after_step(*_: Any) -> None:
+            self.completed = True
+
+        handles = [
+            self.model.register_forward_pre_hook(before_forward),
+            self.optimizer.register_step_pre_hook(before_step),
+            self.optimizer.register_step_post_hook(after_step),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(self, step: int, state: rng.RngState) -> None:
+        """Observe from ``step`` on, which begins with this generator state."""
+        self.step = step
+        self.rng = state
+
+    def check_one_step(self) -> None:
+        """``TrainingError`` unless the optimiser stepped once since the last logged step."""
+        if not (self.pending and self.completed):
+            raise TrainingError(
+                "recorder.step() was called without an optimizer.step() before it; call it once "
+                "after each step of the optimizer that was given to record()"
+            )
+        if _options(self.optimizer) != self._options:
+            raise TrainingError(
+                f"the optimizer's options changed at step {self.step}; only learning rates may "
+                "change while recording (schedulers that cycle the momentum: cycle_momentum=False)"
+            )
+
+    def logged(self) -> rng.RngState | None:
+        """The pending step is logged; returns the generator state it needs to be told about.
+
+        That is the state at its forward pass, if the step drew random numbers and did not simply
+        go on from where the step before it ended.
+        """
+        now = rng.capture(self.device)
+        started = self._started
+        drew = started is not None and started != now
+        told = started if drew and started != self.rng else None
+        self.rng = now
+        self.step += 1
+        self.pending = self.completed = False
+        self._started = self._buffers = None
+        return told
+
+    def new_modes(self) -> Modes | None:
+        """Training modes and frozen parameters, if they changed since the last call."""
+        flags = (
+            [module.training for module in self._modules],
+            [p.requires_grad for p in self._named.values()],
+        )
+        if flags == self._flags:
+            return None
+        self._flags = flags
+        training, free = flags
+        return Modes(
+            tuple(name for name, on in zip(self._names, training, strict=True) if on),
+            tuple(name for name, on in zip(self._named, free, strict=True) if not on),
+        )
+
+    def buffers(self) -> Tensors | None:
+        """The buffers before a forward pass that belongs to no logged step, if there was one."""
+        return self._buffers
+
+    def _before_forward(self) -> None:
+        if torch.is_autocast_enabled(self.device.type):
+            raise TrainingError(
+                "the model is called under autocast, which replay cannot repeat; train in one "
+                "precision, for instance model.to(torch.bfloat16)"
+            )
+        self._started = rng.capture(self.device)
+        if self._has_buffers and self._buffers is None and not self.pending:
+            self._buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+
+    def _before_step(self) -> None:
+        if self.pending:
+            raise TrainingError(
+                f"a second optimizer.step() at step {self.step} without recorder.step(indices) "
+                "after the first: training went past the recorder, and cannot be explained"
+            )
+        norm = gradient_norm([p.grad for p in self.parameters if p.grad is not None])
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient at step {self.step} is not finite ({norm}); the parameters were "
+                "left as they are and the trajectory up to here is good. Lower the learning rate, "
+                "or check the inputs"
+            )
+        self.norm = norm
+        self.rates = rates(self.optimizer)
+        self.pending = True
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> float:
+    """The 2-norm of all gradients together.
+
+    >>> gradient_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+    5.0
+    """
+    if not gradients:
+        return 0.0
+    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    if dense[0].device.type == "cpu":  # reading a number costs less here than another operation
+        return math.hypot(*[norm.item() for norm in torch._foreach_norm(dense)])
+    return float(torch.nn.utils.get_total_norm(dense))
+
+
+def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    groups = optimizer.param_groups
+    return [{k: v for k, v in group.items() if k not in RATES} for group in groups]

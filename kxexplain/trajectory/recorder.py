@@ -1,0 +1,281 @@
+"""What a training loop calls: :func:`record` checks everything, the :class:`Recorder` writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kxexplain.errors import ArgumentError, KxError, TrainingError
+from kxexplain.trajectory import keep as keeping
+from kxexplain.trajectory.describe import check_budget, describe
+from kxexplain.trajectory.losses import LossFunction
+from kxexplain.trajectory.observe import Observer
+from kxexplain.trajectory.records import Manifest, StepRecord
+from kxexplain.trajectory.states import capture_state, encode, finite
+from kxexplain.trajectory.store import Writer, prepare
+from kxexplain.trajectory.trajectory import Trajectory
+
+T = TypeVar("T")
+
+
+def record(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: str | LossFunction,
+    dataset: Any,
+    *,
+    out: str | PathLike[str],
+    keep: str | int = "epoch",
+    reduction: Literal["mean", "sum"] = "mean",
+    seed: int | None = None,
+    overwrite: bool = False,
+) -> Recorder:
+    """Record your own training loop into the folder ``out``; use it as a context manager.
+
+    ``loss`` (a name or a function giving one loss per example) and ``reduction`` say what the loop
+    minimises over each batch; the loop calls ``recorder.step(indices)`` after ``optimizer.step()``.
+    ``keep`` says which states to keep: "step", "epoch", a number of steps, or a size like "200MB".
+    ``seed`` is only noted. Everything is checked before a file is written: ``ModelError``,
+    ``DatasetError``, ``ArgumentError``, or ``TrajectoryError`` if ``out`` cannot be used.
+
+    >>> import tempfile
+    >>> from torch.utils.data import TensorDataset
+    >>> data = TensorDataset(torch.eye(4), torch.arange(4.0))
+    >>> model = nn.Linear(4, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with record(model, optimizer, "mse", data, out=tempfile.mkdtemp(), keep="step") as recorder:
+    ...     for indices in ([0, 1], [2, 3], [1, 3]):
+    ...         optimizer.zero_grad()
+    ...         inputs, targets = data[indices]
+    ...         loss = (model(inputs)[:, 0] - targets).square().mean()
+    ...         loss.backward()
+    ...         optimizer.step()
+    ...         recorder.step(indices, loss)
+    >>> len(recorder.trajectory)
+    3
+    """
+    policy = keeping.parse(keep)
+    manifest = describe(model, optimizer, loss, dataset, keep=keep, reduction=reduction, seed=seed)
+    check_budget(policy, model)
+    prepare(Path(out), overwrite=overwrite)
+    return Recorder(model, optimizer, manifest, policy, path=Path(out), loss=loss)
+
+
+class Recorder:
+    """Writes a trajectory while a loop trains; made by :func:`record`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        manifest: Manifest,
+        keep: keeping.Keep,
+        *,
+        path: Path,
+        loss: str | LossFunction,
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.extra: Callable[[], dict[str, Any]] = dict
+        """Gives JSON-able values to store in every state; the trainer keeps its scheduler there."""
+        self._model = model
+        self._optimizer = optimizer
+        self._keep = keep
+        self._loss = loss if callable(loss) else None
+        self._epoch, self._seen = 0, 0
+        self._resumed: Trajectory | None = None
+        self._stack = ExitStack()
+        self._observer: Observer | None = None
+        self._writer: Writer | None = None
+        self._done: Trajectory | None = None
+
+    @property
+    def position(self) -> int:
+        """Number of steps logged so far."""
+        return _entered(self._observer).step
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The recorded trajectory; ``TrainingError`` before the block has ended."""
+        if self._done is None:
+            if self._observer is None or self._writer is not None:
+                raise TrainingError("the trajectory is complete when the `with` block has ended")
+            self._done = Trajectory.open(self.path, self._loss)
+        return self._done
+
+    def resume(self, trajectory: Trajectory) -> None:
+        """Go on after the last state of ``trajectory``, which model and optimiser already hold."""
+        self._resumed = trajectory
+        if self._keep.kind == "budget":
+            stride = int(trajectory.fact("stride") or 1)
+            self._keep = keeping.Keep("budget", stride, self._keep.budget)
+
+    def __enter__(self) -> Recorder:
+        if self._observer is not None:
+            raise TrainingError("a recorder records one run; call record() again")
+        observer = Observer(self._model, self._optimizer)
+        if self._resumed is None:
+            self._writer = Writer.create(self.path, self.manifest.to_json())
+        else:
+            self._writer = self._reopen(self._resumed, observer)
+        self._observer = observer
+        self._stack.enter_context(observer.attached())
+        try:
+            if self._resumed is None:
+                self._save(kept=True)
+        except BaseException:
+            self._stack.close()
+            self._writer.close()
+            raise
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        observer, writer = _entered(self._observer), _entered(self._writer)
+        self._stack.close()
+        unlogged = observer.pending
+        try:
+            if not unlogged and max(writer.states) < observer.step:
+                self._save(kept=False)
+        except KxError as problem:
+            if error is None:
+                raise
+            error.add_note(f"the last state was not recorded: {problem}")
+        finally:
+            writer.close()
+            self._writer = None
+        if unlogged and error is None:
+            raise TrainingError(
+                f"the last optimizer.step(), at step {observer.step}, was not followed by "
+                "recorder.step(indices); the trajectory ends at the last state before it"
+            )
+
+    def step(
+        self,
+        indices: Sequence[int] | np.ndarray | Tensor,
+        loss: float | Tensor | None = None,
+        *,
+        epoch: int | None = None,
+        sign: int = 1,
+        clip: float = 1.0,
+    ) -> None:
+        """Log the step that the optimiser has just made.
+
+        ``indices`` are the batch's dataset indices. An epoch ends each time as many examples as
+        the dataset has were used; where ``epoch`` numbers are given, also when a new one begins
+        (its first step included). ``sign`` and ``clip`` are factors that the loop has multiplied
+        the gradient by. ``TrainingError`` if there was no optimiser step to log, or the loss is not
+        finite; ``ArgumentError`` for indices that are no examples.
+        """
+        observer, writer = _entered(self._observer), _entered(self._writer)
+        observer.check_one_step()
+        batch = _checked(indices, self.manifest.dataset.count)
+        value = math.nan if loss is None else _number(loss)
+        if loss is not None and not math.isfinite(value):
+            raise TrainingError(
+                f"the loss at step {observer.step} is {value}; training stopped, and the "
+                "trajectory is good up to its last state. Lower the learning rate, or check the data"
+            )
+        number, ended = self._count_epoch(epoch, len(batch))
+        step = StepRecord(observer.step, number, observer.rates, batch, value, observer.norm, sign, clip)
+        modes = observer.new_modes()
+        writer.append(step, rng=observer.logged(), modes=modes)
+        if self._keep.wants(observer.step, epoch_ended=ended):
+            self._save(kept=True)
+            self._thin()
+
+    def _count_epoch(self, told: int | None, examples: int) -> tuple[int, bool]:
+        """The step's epoch, and whether a state is due because an epoch has ended."""
+        late = told is not None and told != self._epoch and self._seen > 0
+        if told is not None and told != self._epoch:
+            self._epoch, self._seen = told, 0
+        epoch = self._epoch
+        self._seen += examples
+        if self._seen >= self.manifest.dataset.count:
+            self._epoch, self._seen = epoch + 1, self._seen - self.manifest.dataset.count
+            return epoch, True
+        return epoch, late
+
+    def _save(self, *, kept: bool) -> None:
+        observer, writer = _entered(self._observer), _entered(self._writer)
+        state = capture_state(
+            observer.step,
+            self._model,
+            self._optimizer,
+            rng=observer.rng,
+            buffers=observer.buffers(),
+            extra=self.extra(),
+        )
+        if not finite(state):
+            raise TrainingError(
+                f"a parameter is not finite after {observer.step} steps; the trajectory is good up "
+                f"to its last state. Lower the learning rate, or check the initial weights"
+            )
+        writer.put_state(observer.step, encode(state), kept=kept)
+
+    def _thin(self) -> None:
+        """Double the stride until the states fit the budget, or only first and last are left."""
+        writer = _entered(self._writer)
+        if self._keep.kind != "budget":
+            return
+        while sum(state.bytes for state in writer.states.values()) > self._keep.budget:
+            inner = sorted(writer.states)[1:-1]
+            if not inner:
+                break
+            stride = 2 * self._keep.stride
+            self._keep = keeping.Keep("budget", stride, self._keep.budget)
+            writer.set_fact("stride", str(stride))
+            for step in inner:
+                if step % stride:
+                    writer.drop_state(step)
+            if max(writer.states) % stride:
+                writer.release(max(writer.states))
+
+    def _reopen(self, trajectory: Trajectory, observer: Observer) -> Writer:
+        position = len(trajectory)
+        observer.begin(position, trajectory.state(position).rng_bytes)
+        if position:
+            last = trajectory.steps[position - 1]
+            self._epoch = last.epoch
+            for step in reversed(trajectory.steps[-self.manifest.dataset.count :]):
+                self._seen += len(step.indices) if step.epoch == last.epoch else 0
+            if self._seen >= self.manifest.dataset.count:
+                self._epoch, self._seen = last.epoch + 1, 0
+        writer = Writer.reopen(self.path, trajectory.states, position)
+        writer.replace_manifest(self.manifest.to_json())
+        return writer
+
+
+def _checked(indices: Sequence[int] | np.ndarray | Tensor, count: int) -> np.ndarray:
+    """The indices as an own int64 array of at least one element, each in [0, count)."""
+    if isinstance(indices, Tensor):
+        indices = indices.cpu().numpy()
+    batch = np.array(indices)  # a copy: loops reuse theirs
+    if batch.ndim != 1 or batch.size == 0 or batch.dtype.kind not in "iu":
+        raise ArgumentError(
+            f"indices must be a list of dataset indices, got shape {batch.shape} of {batch.dtype}"
+        )
+    batch = batch.astype(np.int64, copy=False)
+    if batch.view(np.uint64).max() >= count:  # negative numbers are the largest of these
+        raise ArgumentError(
+            f"indices run from {batch.min()} to {batch.max()}, but the dataset has examples 0 to "
+            f"{count - 1}; give dataset indices, not positions in a loader's order"
+        )
+    return batch
+
+
+def _number(loss: float | Tensor) -> float:
+    return loss.item() if isinstance(loss, Tensor) else float(loss)
+
+
+def _entered(value: T | None) -> T:
+    if value is None:
+        raise TrainingError("the recorder works inside its `with` block only")
+    return value

@@ -1,0 +1,234 @@
+"""Redoing recorded training steps, and checking that they arrive where training arrived."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from kxexplain.errors import ArgumentError, ModelError, ReplayError
+from kxexplain.shapes import Tensors
+from kxexplain.trajectory import rng
+from kxexplain.trajectory.batches import fetch
+from kxexplain.trajectory.forward import Forward, assign, forward, gradients
+from kxexplain.trajectory.log import Modes
+from kxexplain.trajectory.records import StepRecord
+from kxexplain.trajectory.signature import build_optimizer
+from kxexplain.trajectory.states import State, load_model, load_optimizer, set_rates
+from kxexplain.trajectory.trajectory import Trajectory
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest drift between two recorded states, by the parameters' dtype (others: 2e-2)."""
+
+SMALL = 1e-3
+"""Tensors smaller than this part of the largest one are compared on that scale."""
+
+
+@runtime_checkable
+class Watch(Protocol):
+    """Looks on while a step is redone."""
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Entered around the model's forward pass."""
+        ...
+
+    def edges(self, outputs: Tensor, losses: Tensor, total: Tensor) -> Sequence[GradientEdge]:
+        """Where gradients of ``total`` are wanted; called before the backward pass."""
+        ...
+
+    def collect(self, gradients: Sequence[Tensor | None]) -> None:
+        """The gradients of ``total`` at those edges, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReplayedStep:
+    """A redone step: its record, outputs, losses ``(n,)`` and the reduced loss' gradients.
+
+    ``gradients`` lacks parameters without one in this step, which the optimiser leaves alone.
+    """
+
+    record: StepRecord
+    outputs: Tensor
+    losses: Tensor
+    gradients: Tensors
+
+
+class Replayer:
+    """Walks along a trajectory with a private copy of the model; a context manager.
+
+    The caller's model, and on leaving the block the random number generators, are as before.
+    ``ModelError`` or ``DatasetError`` if model or dataset are not the trajectory's.
+
+    >>> def replayed(trajectory: Trajectory, model: nn.Module, dataset: Any) -> float:
+    ...     with Replayer(trajectory, model, dataset) as replayer:
+    ...         replayer.seek(0)
+    ...         for _ in range(len(trajectory)):
+    ...             replayer.advance()
+    ...     return replayer.drift  # 0.0 on the machine that trained
+    """
+
+    def __init__(self, trajectory: Trajectory, model: nn.Module, dataset: Any) -> None:
+        trajectory.check_model(model)
+        trajectory.check_dataset(dataset)
+        self.trajectory = trajectory
+        self.dataset = dataset
+        self.model = _private(model)
+        self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        self.device = next(iter(self.parameters.values())).device
+        self.optimizer = build_optimizer(trajectory.manifest.optimizer, self.parameters)
+        self.position = -1
+        self.drift = 0.0
+        self._loss = trajectory.loss
+        self._recorded = {state.step for state in trajectory.states}
+        self._rng: rng.RngState = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Replayer:
+        self._stack.enter_context(rng.fork(self.device))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def seek(self, step: int) -> None:
+        """Go to a recorded state: parameters, buffers, optimiser, generators and modes."""
+        self._load(self.trajectory.state(step))
+
+    def advance(self, watch: Watch | None = None) -> ReplayedStep:
+        """Redo the step at ``position``.
+
+        ``ReplayError`` if a state is recorded behind it and the step does not arrive there.
+        """
+        record = self._next_record()
+        self._restore(record.step)
+        trained = [p for p in self._optimized() if p.requires_grad]
+        inputs, targets = fetch(self.dataset, record.indices, self.device)
+        with torch.enable_grad():
+            result = self._forward(inputs, targets, watch)
+            edges = [] if watch is None else list(watch.edges(*result))
+            found, at_edges = gradients(result.total, trained, edges)
+        if watch is not None:
+            watch.collect(at_edges)
+        factor = record.sign * record.clip
+        assign(trained, found if factor == 1 else [g if g is None else g * factor for g in found])
+        set_rates(self.optimizer, record.rates)
+        self.optimizer.step()
+        self._rng = rng.capture(self.device)
+        self.position += 1
+        if self.position in self._recorded:
+            self._arrive()
+        names = {id(p): name for name, p in self.parameters.items()}
+        named = {names[id(p)]: g for p, g in zip(trained, found, strict=True) if g is not None}
+        return ReplayedStep(record, result.outputs.detach(), result.losses.detach(), named)
+
+    def twin(self) -> Replayer:
+        """Another replayer at the same position, which can run ahead without moving this one."""
+        twin = copy.copy(self)
+        twin.model, twin.optimizer = copy.deepcopy((self.model, self.optimizer))
+        twin.parameters = dict(twin.model.named_parameters())
+        return twin
+
+    def copy_state(self) -> Tensors:
+        """Detached copies of all parameters and floating-point buffers, by name."""
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return {k: t.detach().clone() for k, t in tensors.items() if t.is_floating_point()}
+
+    def _next_record(self) -> StepRecord:
+        if self.position < 0:
+            raise ArgumentError("call seek(step) with a recorded state before advance()")
+        if self.position >= len(self.trajectory):
+            raise ArgumentError(f"the trajectory ends after step {self.position}")
+        return self.trajectory.steps[self.position]
+
+    def _restore(self, step: int) -> None:
+        """Modes and generators as they were when this step of training began."""
+        if step in self.trajectory.modes:
+            _set_modes(self.model, self.trajectory.modes[step])
+        if step in self.trajectory.rng_steps:
+            self._rng = self.trajectory.rng(step)
+        rng.restore(self._rng, self.device)
+
+    def _forward(self, inputs: Any, targets: Tensor, watch: Watch | None) -> Forward:
+        return forward(
+            self.model,
+            inputs,
+            targets,
+            loss=self._loss,
+            reduction=self.trajectory.manifest.reduction,
+            around=None if watch is None else watch.forward(),
+        )
+
+    def _optimized(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _load(self, state: State) -> None:
+        load_model(state, self.model)
+        load_optimizer(state, self.optimizer, self.trajectory.manifest.optimizer)
+        self._rng = state.rng_bytes
+        modes = self.trajectory.modes
+        _set_modes(self.model, modes[max(step for step in modes if step <= max(state.step, 0))])
+        self.position = state.step
+
+    def _arrive(self) -> None:
+        """Compare with the recorded state, then go on from that one."""
+        state = self.trajectory.state(self.position)
+        ours = self.copy_state()
+        name, drift = _drift(ours, {**state.parameters, **state.buffers})
+        self.drift = max(self.drift, drift)
+        tolerance = TOLERANCE.get(next(iter(self.parameters.values())).dtype, 2e-2)
+        if not drift <= tolerance:
+            raise ReplayError(
+                f"replaying to step {self.position} ended {drift:.1e} (relative) away from the "
+                f"recorded state, in {name!r}; at most {tolerance:.0e} is rounding. Likely causes: "
+                "the dataset's order or values changed, random augmentation, dropout drawn from a "
+                "generator of its own, another number of threads or another machine, or gradients "
+                "clipped or changed outside the recorder; recording more states shortens replay"
+            )
+        self._load(state)
+
+
+def _private(model: nn.Module) -> nn.Module:
+    """A copy of the model that shares nothing with it."""
+    try:
+        private = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the model cannot be copied ({error}); build it afresh instead of passing one that "
+            "has just been called"
+        ) from error
+    private.zero_grad(set_to_none=True)
+    return private
+
+
+def _set_modes(model: nn.Module, modes: Modes) -> None:
+    training, frozen = set(modes.training), set(modes.frozen)
+    for name, module in model.named_modules():
+        module.training = name in training
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def _drift(ours: Tensors, recorded: Tensors) -> tuple[str, float]:
+    """The tensor that differs most, and by how much: max |a − b| / scale, per tensor.
+
+    The scale is a tensor's largest recorded value, but at least ``SMALL`` times the largest of all:
+    rounding in a tensor that is almost zero comes from its larger neighbours.
+    """
+    scales = {k: float(recorded[k].abs().max()) if recorded[k].numel() else 0.0 for k in ours}
+    floor = SMALL * max(scales.values())
+    worst, drift = "", 0.0
+    for name, tensor in ours.items():
+        if tensor.numel() == 0:
+            continue
+        gap = float((tensor.cpu() - recorded[name]).abs().max())
+        relative = gap / (max(scales[name], floor) or 1.0)
+        if not relative <= drift:
+            worst, drift = name, relative
+    return worst, drift

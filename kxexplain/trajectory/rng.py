@@ -1,0 +1,57 @@
+"""The random number generators that a training step can draw from: the CPU's and one device's.
+
+A state is a dict from "cpu" (and, for instance, "cuda") to the generator's bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+RngState: TypeAlias = dict[str, bytes]
+"""Generator states by device type, as bytes, which compare and store cheaply."""
+
+
+def capture(device: torch.device) -> RngState:
+    """The current states of the CPU's generator and of ``device``'s, if that is another one.
+
+    >>> state = capture(torch.device("cpu"))
+    >>> first = torch.rand(1)
+    >>> restore(state, torch.device("cpu"))
+    >>> bool(first == torch.rand(1))
+    True
+    """
+    state = {"cpu": torch.get_rng_state().numpy().tobytes()}
+    if device.type != "cpu":
+        state[device.type] = _module(device).get_rng_state(device).cpu().numpy().tobytes()
+    return state
+
+
+def restore(state: Mapping[str, bytes], device: torch.device) -> None:
+    """Set the generators to a captured state; one that the state does not hold is left alone."""
+    if "cpu" in state:
+        torch.set_rng_state(_tensor(state["cpu"]))
+    if device.type != "cpu" and device.type in state:
+        _module(device).set_rng_state(_tensor(state[device.type]), device)
+
+
+@contextmanager
+def fork(device: torch.device) -> Iterator[None]:
+    """On leaving the block the generators are as they were on entering it."""
+    before = capture(device)
+    try:
+        yield
+    finally:
+        restore(before, device)
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device)

@@ -1,0 +1,145 @@
+"""Descriptions of models and optimisers, comparing them, and building an optimiser from one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from kxexplain.errors import ArgumentError, ModelError
+from kxexplain.trajectory.records import (
+    GroupRecord,
+    ModelSignature,
+    OptimizerRecord,
+    TensorRecord,
+)
+
+UNREPLAYABLE = {"LBFGS"}
+"""Optimisers of torch that evaluate the loss themselves, several times a step."""
+
+
+def describe_model(model: nn.Module) -> ModelSignature:
+    """Names, shapes and dtypes of a model's parameters and buffers; tied ones appear once.
+
+    ``ModelError`` if it has nothing to train or parameters without a shape yet.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"got a {type(model).__name__} as model, expected a torch.nn.Module")
+    lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ModelError(f"parameter {lazy[0]!r} has no shape yet; call the model once first")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(
+            f"{type(model).__name__} has no trainable parameters; set requires_grad=True on those "
+            "that training may change"
+        )
+    return ModelSignature(
+        name=type(model).__qualname__,
+        parameters=_describe(model.named_parameters()),
+        buffers=_describe(model.named_buffers()),
+        training=tuple(name for name, module in model.named_modules() if module.training),
+    )
+
+
+def compare_models(expected: ModelSignature, model: nn.Module) -> None:
+    """``ModelError`` naming the first parameter or buffer in which ``model`` differs."""
+    got = describe_model(model)
+    for kind, ours, theirs in (
+        ("parameter", expected.parameters, got.parameters),
+        ("buffer", expected.buffers, got.buffers),
+    ):
+        by_name = {tensor.name: tensor for tensor in theirs}
+        for tensor in ours:
+            problem = _difference(tensor, by_name.pop(tensor.name, None))
+            if problem:
+                raise ModelError(
+                    f"this {got.name} is not the model of the trajectory ({expected.name}): "
+                    f"{kind} {tensor.name!r} {problem}; build it as it was built for training"
+                )
+        if by_name:
+            raise ModelError(
+                f"this {got.name} is not the model of the trajectory ({expected.name}): {kind} "
+                f"{next(iter(by_name))!r} was not there in training"
+            )
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerRecord:
+    """Class name, and per group the parameters' names and the options as JSON-able values.
+
+    ``ArgumentError`` if it is no optimiser of ``torch.optim`` (its steps could not be replayed), or
+    holds parameters that are not the model's.
+    """
+    kind = type(optimizer)
+    name = kind.__name__
+    if getattr(torch.optim, name, None) is not kind or name in UNREPLAYABLE:
+        raise ArgumentError(
+            f"steps of {kind.__module__}.{kind.__qualname__} cannot be replayed; use an optimizer "
+            "of torch.optim whose step() takes no closure (SGD, AdamW, …)"
+        )
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        unknown = [tuple(p.shape) for p in group["params"] if id(p) not in names]
+        if unknown:
+            raise ArgumentError(
+                f"the optimizer holds a parameter of shape {unknown[0]} that is not the model's; "
+                "build it from model.parameters(), after any copying of the model"
+            )
+        members = tuple(names[id(p)] for p in group["params"])
+        groups.append(GroupRecord(members, group_options(group)))
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        raise ArgumentError("the optimizer holds no trainable parameter of the model")
+    return OptimizerRecord(name, tuple(groups))
+
+
+def group_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's options as JSON would give them back; ``ArgumentError`` if it cannot."""
+    options = {key: value for key, value in group.items() if key != "params"}
+    try:
+        text = json.dumps(options, default=_plain)
+    except TypeError as error:
+        raise ArgumentError(
+            f"optimizer option cannot be recorded: {error}; use numbers, strings or tuples"
+        ) from error
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+def build_optimizer(record: OptimizerRecord, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """A fresh optimiser as described, over the given parameters."""
+    kind = getattr(torch.optim, record.name, None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise ArgumentError(f"torch {torch.__version__} has no optimizer {record.name!r}")
+    groups: list[dict[str, Any]] = []
+    for group in record.groups:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in group.options.items()}
+        groups.append({"params": [parameters[name] for name in group.names], **options})
+    built: torch.optim.Optimizer = kind(groups)  # type: ignore[call-arg]
+    return built
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    raise TypeError(f"{type(value).__name__} {value!r}")
+
+
+def _describe(tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
+    return tuple(
+        TensorRecord(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.requires_grad)
+        for name, t in tensors
+    )
+
+
+def _difference(expected: TensorRecord, got: TensorRecord | None) -> str | None:
+    if got is None:
+        return "is missing"
+    if got.shape != expected.shape:
+        return f"has shape {got.shape}, expected {expected.shape}"
+    if got.dtype != expected.dtype:
+        return f"has dtype {got.dtype}, expected {expected.dtype}"
+    return None

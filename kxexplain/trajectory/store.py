@@ -1,0 +1,241 @@
+"""A trajectory's bytes on disk: ``manifest.json``, ``steps.sqlite`` and ``states/<step>.safetensors``.
+
+Every file is replaced as a whole or appended to in transactions, so that a process killed at any
+moment leaves a folder that opens. Nothing is pickled, and file names come from step numbers alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kxexplain.errors import TrajectoryError
+from kxexplain.trajectory.records import StateRecord, StepRecord
+from kxexplain.trajectory.rng import RngState
+
+MANIFEST, LOG, STATES = "manifest.json", "steps.sqlite", "states"
+FLUSH_ROWS, FLUSH_SECONDS = 256, 0.5
+
+SCHEMA = """
+CREATE TABLE steps (step INTEGER PRIMARY KEY, epoch INTEGER, rates BLOB, indices BLOB, loss REAL,
+                    gradient_norm REAL, sign INTEGER, clip REAL);
+CREATE TABLE states (step INTEGER PRIMARY KEY, sha256 TEXT, bytes INTEGER, kept INTEGER);
+CREATE TABLE rng (step INTEGER, device TEXT, state BLOB, PRIMARY KEY (step, device));
+CREATE TABLE modes (step INTEGER PRIMARY KEY, training TEXT, frozen TEXT);
+CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT);
+"""
+"""``rng``: generator states where a step did not go on from the one before it. ``modes``: names of
+modules in training mode and of frozen parameters, from a step on. ``facts``: checksums of the
+manifest ("manifest:<sha256>"), and the stride of a byte budget."""
+
+
+def state_file(step: int) -> str:
+    """A state's file name below ``states``."""
+    return f"{step:08d}.safetensors"
+
+
+@contextlib.contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turn the errors of files and databases into ``TrajectoryError`` that names the file."""
+    try:
+        yield
+    except TrajectoryError:
+        raise
+    except FileNotFoundError as error:
+        raise TrajectoryError(f"{path} is missing; the trajectory is incomplete") from error
+    except (OSError, sqlite3.Error, UnicodeDecodeError) as error:
+        raise TrajectoryError(f"{path} cannot be read or written: {error}") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write under a temporary name, flush to the disk, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with storage(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def is_trajectory(path: Path) -> bool:
+    """Whether the folder holds a manifest of this library (whatever else is in it)."""
+    try:
+        return '"kxexplain-trajectory"' in (path / MANIFEST).read_text("utf-8")[:200]
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def prepare(path: Path, *, overwrite: bool) -> None:
+    """Check that ``path`` can take a new trajectory; with ``overwrite`` clear an old one.
+
+    Only files that belong to a trajectory are removed. ``TrajectoryError`` if the folder has other
+    contents, or cannot be written.
+    """
+    with storage(path):
+        if path.exists() and not path.is_dir():
+            raise TrajectoryError(f"{path} is a file; give a folder for the trajectory")
+        if path.is_dir() and any(path.iterdir()):
+            if not (overwrite and is_trajectory(path)):
+                what = "a trajectory" if is_trajectory(path) else "files that are no trajectory"
+                hint = "overwrite=True" if is_trajectory(path) and not overwrite else "a new folder"
+                raise TrajectoryError(f"{path} already holds {what}; give {hint}")
+            _clear(path)
+        (path / STATES).mkdir(parents=True, exist_ok=True)
+
+
+def _clear(path: Path) -> None:
+    for pattern in (f"{LOG}*", f"{STATES}/*.safetensors", f"{STATES}/*.tmp", f"{MANIFEST}*"):
+        for file in path.glob(pattern):
+            file.unlink()
+
+
+class Writer:
+    """Appends to a trajectory. Rows are gathered and written every half second or 256 steps."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.states: dict[int, StateRecord] = {}
+        self.kept: set[int] = set()
+        self._rows: list[tuple[Any, ...]] = []
+        self._side: list[tuple[str, tuple[Any, ...]]] = []
+        self._flushed = time.monotonic()
+        with storage(path / LOG):
+            self._log = sqlite3.connect(path / LOG, isolation_level=None, timeout=30)
+            self._log.execute("PRAGMA journal_mode=WAL")
+            self._log.execute("PRAGMA synchronous=NORMAL")
+
+    @classmethod
+    def create(cls, path: Path, manifest: str) -> Writer:
+        """Start a trajectory in a prepared folder."""
+        write_atomically(path / MANIFEST, manifest.encode())
+        writer = cls(path)
+        with storage(path / LOG):
+            writer._log.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+        writer.set_fact(_manifest_key(manifest.encode()), "")
+        return writer
+
+    @classmethod
+    def reopen(cls, path: Path, states: Sequence[StateRecord], last: int) -> Writer:
+        """Go on after step ``last``: whatever was logged later is dropped."""
+        writer = cls(path)
+        with storage(path / LOG), writer._transaction():
+            for table in ("steps", "rng", "modes"):
+                writer._log.execute(f"DELETE FROM {table} WHERE step >= ?", (last,))
+            rows = writer._log.execute("SELECT step FROM states WHERE kept").fetchall()
+        writer.states = {state.step: state for state in states}
+        writer.kept = {int(step) for (step,) in rows}
+        known = {state.file for state in states}
+        for file in (path / STATES).glob("*.safetensors"):  # written, but killed before its row
+            if file.name not in known:
+                file.unlink()
+        return writer
+
+    def replace_manifest(self, manifest: str) -> None:
+        """Write another manifest; both its checksum and the old one's are accepted."""
+        self.set_fact(_manifest_key(manifest.encode()), "")
+        write_atomically(self.path / MANIFEST, manifest.encode())
+
+    def append(
+        self,
+        record: StepRecord,
+        *,
+        rng: RngState | None = None,
+        modes: tuple[Sequence[str], Sequence[str]] | None = None,
+    ) -> None:
+        """Log a step; ``rng`` and ``modes`` (training, frozen) where they differ from before."""
+        loss = None if np.isnan(record.loss) else record.loss
+        self._rows.append(
+            (record.step, record.epoch, np.asarray(record.rates, "<f8").tobytes(),
+             record.indices.astype("<i8", copy=False).tobytes(), loss, record.gradient_norm,
+             record.sign, record.clip)
+        )  # fmt: skip
+        for device, state in (rng or {}).items():
+            self._side.append(("INSERT INTO rng VALUES (?,?,?)", (record.step, device, state)))
+        if modes is not None:
+            row = (record.step, json.dumps(list(modes[0])), json.dumps(list(modes[1])))
+            self._side.append(("INSERT INTO modes VALUES (?,?,?)", row))
+        due = time.monotonic() - self._flushed > FLUSH_SECONDS
+        if due or len(self._rows) >= FLUSH_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows gathered so far, in one transaction."""
+        self._flushed = time.monotonic()
+        if not self._rows and not self._side:
+            return
+        with storage(self.path / LOG), self._transaction():
+            self._log.executemany("INSERT INTO steps VALUES (?,?,?,?,?,?,?,?)", self._rows)
+            for statement, values in self._side:
+                self._log.execute(statement, values)
+        self._rows, self._side = [], []
+
+    def put_state(self, step: int, data: bytes, *, kept: bool) -> StateRecord:
+        """Write a state. One that is not ``kept`` is dropped as soon as a later one is written."""
+        self.flush()
+        record = StateRecord(step, state_file(step), hashlib.sha256(data).hexdigest(), len(data))
+        write_atomically(self.path / STATES / record.file, data)
+        with storage(self.path / LOG):
+            row = (step, record.sha256, record.bytes, int(kept))
+            self._log.execute("INSERT OR REPLACE INTO states VALUES (?,?,?,?)", row)
+        self.states[step] = record
+        (self.kept.add if kept else self.kept.discard)(step)
+        for other in [s for s in self.states if s not in self.kept and s < step]:
+            self.drop_state(other)
+        return record
+
+    def drop_state(self, step: int) -> None:
+        """Forget a state: first its row, then its file."""
+        record = self.states.pop(step)
+        self.kept.discard(step)
+        with storage(self.path / LOG):
+            self._log.execute("DELETE FROM states WHERE step = ?", (step,))
+        with storage(self.path / STATES / record.file):
+            (self.path / STATES / record.file).unlink(missing_ok=True)
+
+    def release(self, step: int) -> None:
+        """Keep a state only until a later one is written."""
+        self.kept.discard(step)
+        with storage(self.path / LOG):
+            self._log.execute("UPDATE states SET kept = 0 WHERE step = ?", (step,))
+
+    def set_fact(self, key: str, value: str) -> None:
+        """Store one of the named values of the table ``facts``."""
+        with storage(self.path / LOG):
+            self._log.execute("INSERT OR REPLACE INTO facts VALUES (?,?)", (key, value))
+
+    def close(self) -> None:
+        """Flush and close; without other readers the log becomes one plain file."""
+        try:
+            self.flush()
+        finally:
+            with contextlib.suppress(sqlite3.Error):  # a reader holds it: it stays in WAL mode
+                self._log.execute("PRAGMA busy_timeout=0")
+                self._log.execute("PRAGMA journal_mode=DELETE")
+            self._log.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._log.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            self._log.execute("ROLLBACK")
+            raise
+        self._log.execute("COMMIT")
+
+
+def _manifest_key(manifest: bytes) -> str:
+    return f"manifest:{hashlib.sha256(manifest).hexdigest()}"
