@@ -9,7 +9,7 @@ nothing, because annotations are never evaluated outside the tests.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ Tensors: TypeAlias = dict[str, Tensor]
 """Named tensors, such as a model's parameters."""
 
 
+@runtime_checkable
 class Examples(Protocol):
     """A map-style dataset of (input, target) whose order is fixed (``torch.utils.data.Dataset``)."""
 

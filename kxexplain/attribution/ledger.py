@@ -24,20 +24,24 @@ LINES = ("contributions", "regularizer", "buffers", "unattributed")
 class Ledger:
     """Adds up the bill as a walk passes (:class:`kxexplain.attribution.walk.Visitor`)."""
 
-    def __init__(
-        self, side: QuerySide, examples: int, segments: int, *, kernel: bool, timeline: bool = True
-    ) -> None:
+    def __init__(self, side: QuerySide, examples: int, segments: int, *, kernel: bool, timeline: bool = True) -> None:
         self.side, self.segments = side, segments
         q, c = side.prediction.shape
         options: dict[str, Any] = {"dtype": _wide(side.prediction), "device": side.prediction.device}
-        self.contributions = torch.zeros(q, examples, c, **options)
-        blocks = side.target.components is not None
-        self.kernel = torch.zeros(q, examples, c, c if blocks else 1, **options) if kernel else None
+        # Examples come first while adding up: an update then touches whole rows of memory.
+        self.sums = torch.zeros(examples, q, c, **options)
+        blocks = c if side.target.components is not None else 1
+        self.kernel = torch.zeros(examples, q, c, blocks, **options) if kernel else None
         self.lines = {name: torch.zeros(segments, q, c, **options) for name in LINES}
         affordable = side.budget // 4 // max(1, q * examples * c * side.prediction.element_size())
         bins = min(segments, TIMELINE_BINS, affordable) if timeline else 0
-        self.bins = torch.zeros(bins, q, examples, c, dtype=side.dtype, device=side.prediction.device)
+        self.bins = torch.zeros(bins, examples, q, c, dtype=side.dtype, device=side.prediction.device)
         self._held: tuple[Segment | None, slice, list[tuple[float, Secant]]] = (None, slice(0), [])
+
+    @property
+    def contributions(self) -> Tensor:
+        """The examples' sums so far, [q, n, c]."""
+        return self.sums.transpose(0, 1)
 
     def _secants(self, segment: Segment, rows: slice) -> list[tuple[float, Secant]]:
         """The queries' gradients, kept while segment and portion stay the same."""
@@ -51,26 +55,24 @@ class Ledger:
     def updates(self, segment: Segment, updates: Updates) -> None:
         """Add the updates' inner products with the queries' gradients."""
         self.side.fit(segment)
-        indices = updates.indices.to(self.contributions.device)
+        indices = updates.indices.to(self.sums.device)
         for rows in self.side.chunks():
             for weight, secant in self._secants(segment, rows):
-                found = _against(secant, updates.factors)[..., 0] * weight
-                self._add_contributions(segment, rows, indices, found.transpose(1, 2))
-                if self.kernel is not None and updates.jacobian is not None:
-                    blocks = _against(secant, updates.jacobian) * weight  # [q, c, m, k]
-                    self.kernel[rows].index_add_(1, indices, blocks.transpose(1, 2).to(self.kernel.dtype))
-                elif self.kernel is not None:
-                    pulls = (updates.alpha != 0).to(found.dtype) / updates.alpha.masked_fill(updates.alpha == 0, 1)
-                    part = (found * pulls).transpose(1, 2)[..., None]
-                    self.kernel[rows].index_add_(1, indices, part.to(self.kernel.dtype))
+                found = _against(updates.factors, secant)[:, 0] * weight  # [m, q, c]
+                _add_rows(self.sums, rows, indices, found)
+                self.lines["contributions"][segment.number, rows] += found.sum(0, dtype=self.sums.dtype)
+                if len(self.bins):
+                    _add_rows(self.bins[segment.number * len(self.bins) // self.segments], rows, indices, found)
+                if self.kernel is not None:
+                    _add_rows(self.kernel, rows, indices, self._kernel_part(updates, secant, found, weight))
 
-    def _add_contributions(self, segment: Segment, rows: slice, indices: Tensor, found: Tensor) -> None:
-        wide = found.to(self.contributions.dtype)
-        self.contributions[rows].index_add_(1, indices, wide)
-        self.lines["contributions"][segment.number, rows] += wide.sum(1)
-        if len(self.bins):
-            bin_number = segment.number * len(self.bins) // self.segments
-            self.bins[bin_number, rows].index_add_(1, indices, found.to(self.bins.dtype))
+    def _kernel_part(self, updates: Updates, secant: Secant, found: Tensor, weight: float) -> Tensor:
+        """W K_t of every visit, [m, q, c, k]: from output gradients, or from the contributions K_t α_t."""
+        if updates.jacobian is not None:
+            return (_against(updates.jacobian, secant) * weight).permute(0, 2, 3, 1)
+        pulled = updates.alpha != 0
+        inverse = pulled.to(found.dtype) / updates.alpha.masked_fill(~pulled, 1.0)
+        return (found * inverse[:, None, None])[..., None]
 
     def close(self, segment: Segment, movement: Movement) -> None:
         """Add the lines that are no example's: regulariser, buffers, and what is left of the movement."""
@@ -90,21 +92,20 @@ class Ledger:
             for weight, secant in self._secants(segment, rows):
                 for line, direction in parts.items():
                     if direction:
-                        self.lines[line][segment.number, rows] += (secant.along(direction) * weight).to(
-                            self.contributions.dtype
-                        )
+                        self.lines[line][segment.number, rows] += (secant.along(direction) * weight).to(self.sums.dtype)
 
     def explanation(self, trajectory: Trajectory, dataset: Any, borders: list[int], drift: float) -> Explanation:
         """The finished bill."""
         side = self.side
         scalar = side.target.components is None
-        narrow = lambda t: (t[..., 0] if scalar else t).to(side.dtype)  # noqa: E731
+        narrow = lambda t: (t[..., 0] if scalar else t).to(side.dtype).contiguous()  # noqa: E731
         sums = {name: line.sum(0) for name, line in self.lines.items()}
-        wide = self.contributions.dtype
+        wide = self.sums.dtype
         remainder = side.prediction.to(wide) - side.baseline.to(wide) - sum(sums.values())
         kernel = None
         if self.kernel is not None:
-            kernel = (self.kernel[..., 0, 0] if scalar else self.kernel).to(side.dtype)
+            kernel = self.kernel.transpose(0, 1)
+            kernel = (kernel[..., 0, 0] if scalar else kernel).to(side.dtype).contiguous()
         return Explanation(
             contributions=narrow(self.contributions),
             baseline=narrow(side.baseline),
@@ -135,7 +136,9 @@ class Ledger:
         bins, (q, n, _) = len(self.bins), self.contributions.shape
         k = min(TOP_ON_TIMELINE, n)
         top = self.contributions.abs().sum(2).topk(k, dim=1).indices
-        shares = narrow(self.bins.gather(2, top[None, :, :, None].expand(bins, q, k, self.bins.shape[3])))
+        shares = narrow(
+            self.bins.transpose(1, 2).gather(2, top[None, :, :, None].expand(bins, q, k, self.bins.shape[3]))
+        )
         starts = [-(-b * self.segments // bins) for b in range(bins)] + [self.segments] if bins else [0]
         return Timeline(
             steps=torch.tensor(borders),
@@ -151,9 +154,15 @@ def _wide(like: Tensor) -> torch.dtype:
     return like.dtype if like.device.type == "mps" else torch.float64
 
 
-def _against(secant: Secant, factors: Factors) -> Tensor:
-    """⟨D_c(x), gradient_k(x_i)⟩, [q, c, m, k]."""
-    found = gram(secant.factors, factors)
+def _add_rows(sums: Tensor, rows: slice, indices: Tensor, values: Tensor) -> None:
+    """Add values to sums[indices, rows], where an index may occur several times."""
+    everything = rows.start == 0 and rows.stop == sums.shape[1]
+    (sums if everything else sums[:, rows]).index_add_(0, indices, values.to(sums.dtype))
+
+
+def _against(factors: Factors, secant: Secant) -> Tensor:
+    """Inner products ⟨gradient_k(x_i), D_c(x)⟩, [m, k, q, c]."""
+    found = gram(factors, secant.factors)
     if secant.correction is None:
         return found
-    return found + secant.correction[:, :, None, None] * dot(factors, secant.direction)
+    return found + dot(factors, secant.direction)[..., None, None] * secant.correction

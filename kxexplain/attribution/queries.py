@@ -38,7 +38,7 @@ class QuerySide:
 
     @property
     def rows(self) -> int:
-        """q."""
+        """Q."""
         return self.prediction.shape[0]
 
     @property
@@ -48,7 +48,13 @@ class QuerySide:
 
     @classmethod
     def prepare(
-        cls, trajectory: Trajectory, model: nn.Module, queries: Any, target: TargetSpec, rule: Rule, budget: int
+        cls,
+        trajectory: Trajectory,
+        model: nn.Module,
+        queries: Any,
+        target: TargetSpec,
+        rule: Rule,
+        budget: int,
     ) -> QuerySide:
         """Check everything about the queries before any work starts."""
         trajectory.check_model(model)

@@ -149,7 +149,9 @@ class Explanation:
         """
         columns = self.contributions.shape[-1]
         if not self.all_outputs or not -columns <= output < columns:
-            raise ArgumentError(f"output {output} was asked for of an explanation of target {self.facts.get('target')!r}")
+            raise ArgumentError(
+                f"output {output} was asked for of an explanation of target {self.facts.get('target')!r}"
+            )
         line = self.timeline
         totals = {name: t[..., output] for name, t in line.totals.items()}
         parts = {name: getattr(self, name)[..., output] for name in LINES}
@@ -181,8 +183,16 @@ class Explanation:
         """
         one = self._one(query)
         ranked = one.top(k)
-        up = [(int(i), float(v)) for i, v in zip(ranked.proponents[query], ranked.proponent_values[query]) if v > 0]
-        down = [(int(i), float(v)) for i, v in zip(ranked.opponents[query], ranked.opponent_values[query]) if v < 0]
+        up = [
+            (int(i), float(v))
+            for i, v in zip(ranked.proponents[query], ranked.proponent_values[query], strict=True)
+            if v > 0
+        ]
+        down = [
+            (int(i), float(v))
+            for i, v in zip(ranked.opponents[query], ranked.opponent_values[query], strict=True)
+            if v < 0
+        ]
         total = float(one.contributions[query].double().sum())
         rest = total - sum(v for _, v in up + down)
         table = Table(title=one._title(query), title_justify="left")
@@ -199,7 +209,11 @@ class Explanation:
         lines.append(("remainder (rounding)", float(one.remainder[query])))
         for name, amount in lines:
             running += amount
-            table.add_row(name, f"{amount:+.6f}" if abs(amount) >= 5e-7 or amount == 0 else f"{amount:+.1e}", f"{running:+.6f}")
+            table.add_row(
+                name,
+                f"{amount:+.6f}" if abs(amount) >= 5e-7 or amount == 0 else f"{amount:+.1e}",
+                f"{running:+.6f}",
+            )
         table.add_section()
         table.add_row("prediction", "", f"{float(one.prediction[query]):+.6f}")
         return table
@@ -217,7 +231,8 @@ class Explanation:
     def __repr__(self) -> str:
         facts = ", ".join(f"{k}={v!r}" for k, v in self.facts.items() if k in ("target", "rule", "steps"))
         worst = float(self.remainder.abs().max())
-        return f"Explanation({len(self)} queries × {self.contributions.shape[1]} examples, {facts}, remainder ≤ {worst:.1e})"
+        size = f"{len(self)} queries × {self.contributions.shape[1]} examples"
+        return f"Explanation({size}, {facts}, remainder ≤ {worst:.1e})"
 
     def plot(self, query: int = 0, **options: Any) -> Any:
         """Waterfall, proponents and opponents (as pictures where inputs are images) and timeline: a figure.
@@ -239,7 +254,10 @@ class Explanation:
         except ImportError as error:
             raise MissingExtraError('a data frame needs pandas: pip install "kxexplain[pandas]"') from error
         one = self._one(query)
-        columns = {"example": range(one.contributions.shape[1]), "contribution": one.contributions[query].cpu().numpy()}
+        columns = {
+            "example": range(one.contributions.shape[1]),
+            "contribution": one.contributions[query].cpu().numpy(),
+        }
         if one.path_kernel is not None:
             columns["kernel"] = one.path_kernel[query].cpu().numpy()
             columns["alpha"] = one.alpha[query].cpu().numpy()
@@ -253,7 +271,9 @@ class Explanation:
         """
         target = Path(path)
         tensors = {name: getattr(self, name) for name in (*LINES, "path_kernel", "output", "labels")}
-        tensors |= {f"timeline.{name}": getattr(self.timeline, name) for name in ("steps", "examples", "bins", "shares")}
+        tensors |= {
+            f"timeline.{name}": getattr(self.timeline, name) for name in ("steps", "examples", "bins", "shares")
+        }
         tensors |= {f"totals.{name}": value for name, value in self.timeline.totals.items()}
         if isinstance(self.queries, Tensor):
             tensors["queries"] = self.queries
@@ -274,7 +294,7 @@ class Explanation:
             TrajectoryError: missing, damaged, or no explanation.
         """
         try:
-            with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
@@ -288,7 +308,10 @@ class Explanation:
         )
         return cls(
             **{name: tensors[name] for name in LINES},
-            **{name: tensors.get(name) for name in ("path_kernel", "output", "labels", "queries")},
+            path_kernel=tensors.get("path_kernel"),
+            output=tensors.get("output"),
+            labels=tensors.get("labels"),
+            queries=tensors.get("queries"),
             timeline=timeline,
             facts=json.loads(about["facts"]),
             dataset=dataset,

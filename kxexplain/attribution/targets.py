@@ -121,5 +121,7 @@ def _classes(labels: Tensor | None, outputs: Tensor, target: str) -> Tensor:
     if labels.is_floating_point() or labels.dim() != 1:
         raise TargetError(f'target "{target}" needs class numbers; these labels are {labels.dtype}, {labels.dim()}-D')
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= outputs.shape[1]):
-        raise TargetError(f"labels reach from {int(labels.min())} to {int(labels.max())}, outputs are {outputs.shape[1]}")
+        raise TargetError(
+            f"labels reach from {int(labels.min())} to {int(labels.max())}, outputs are {outputs.shape[1]}"
+        )
     return labels.to(outputs.device)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from kxexplain.errors import ArgumentError
-from kxexplain.gradients.factors import Factors, concatenate, scale, signature, size, take
+from kxexplain.gradients.factors import Factors, concatenate, scale, signature, size, take, weigh
 from kxexplain.gradients.ordinary import StepGradients, layout_of, trainable
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import Replayer, StepRecord, Trajectory, split
@@ -77,19 +78,22 @@ class Movement:
 
     def add(self, parts: Split, gradients: Tensors, before: Tensors) -> None:
         """Account for one step."""
-        for name, gradient in gradients.items():
-            _add(self.gradient, name, gradient, parts.gradient[name])
-            if parts.decay[name] != 0:
-                _add(self.decay, name, before[name], parts.decay[name])
+        _add(self.gradient, gradients, {name: parts.gradient[name] for name in gradients})
+        decaying = {name: parts.decay[name] for name in gradients if parts.decay[name] != 0}
+        _add(self.decay, {name: before[name] for name in decaying}, decaying)
 
 
-def _add(sums: Tensors, name: str, value: Tensor, by: float) -> None:
-    if name in sums:
-        sums[name].add_(value, alpha=by)
-    else:
-        sums[name] = value * by
+def _add(sums: Tensors, values: Tensors, by: dict[str, float]) -> None:
+    """Add by · values to the sums, all parameters of one factor in one call."""
+    for name, value in values.items():
+        if name not in sums:
+            sums[name] = torch.zeros_like(value)
+    for factor in set(by.values()):
+        names = [name for name, own in by.items() if own == factor]
+        torch._foreach_add_([sums[name] for name in names], [values[name] for name in names], alpha=factor)
 
 
+@runtime_checkable
 class Visitor(Protocol):
     """Makes something of a trajectory as :func:`walk` passes along it."""
 
@@ -156,14 +160,15 @@ class Walk:
             inputs, _ = fetch(replayer.dataset, self.trajectory.steps[0].indices, replayer.device)
             self.layout = layout_of(replayer.model, inputs, self.parameters)
         replayer.seek(0)
-        self._buffer: list[Updates] = []
+        self._buffer: list[_Visits] = []
+        self._held = 0
 
     def _split(self, step: int) -> Split | None:
         return split(self.trajectory.manifest.optimizer, self.trajectory.steps[step])
 
     def visit(self, visitor: Visitor) -> None:
         """Replay the whole trajectory, telling the visitor."""
-        for number, (first, last) in enumerate(zip(self.bounds, self.bounds[1:])):
+        for number, (first, last) in enumerate(pairwise(self.bounds)):
             segment = Segment(number, first, last, self.replayer.copy_state(), self._end_finder(last))
             movement = Movement()
             for _ in range(first, last):
@@ -185,37 +190,33 @@ class Walk:
             taken = self.replayer.advance(watch)
             movement.add(parts, taken.gradients, before)
             self._keep(watch, record, parts)
-            if sum(_bytes(u) for u in self._buffer) > self.budget:
+            if self._held > self.budget:
                 self._flush(segment, visitor)
         self.tick()
 
     def _keep(self, watch: StepGradients, record: StepRecord, parts: Split) -> None:
-        """Buffer one step's updates, scaled to what they did to the parameters."""
-        indices = torch.as_tensor(record.indices)
-        share = 1.0 / len(indices) if self.trajectory.manifest.reduction == "mean" else 1.0
-        pull = -watch.pull / share
-        alpha = pull[:, 0] if pull.shape[1] == 1 else pull.norm(dim=1)
-        factors = scale(watch.factors, parts.gradient)
+        """Buffer what one step's examples did; the arithmetic waits until many steps can share it."""
+        share = 1.0 / len(record.indices) if self.trajectory.manifest.reduction == "mean" else 1.0
+        rates = set(parts.gradient.values())
+        rate = rates.pop() if len(rates) == 1 else None
+        factors = watch.factors if rate is not None else scale(watch.factors, parts.gradient)
         jacobian = None
         if watch.jacobian is not None:
-            jacobian = scale(watch.jacobian, {name: -rate * share for name, rate in parts.gradient.items()})
-        kept = Updates(indices, factors, alpha, jacobian)
+            jacobian = scale(watch.jacobian, {name: -factor * share for name, factor in parts.gradient.items()})
+        visits = _Visits(torch.as_tensor(record.indices), factors, watch.pull, share, rate, jacobian)
         if self.wanted is not None:
-            rows = self.wanted[indices].nonzero().squeeze(1)
-            if not len(rows):
-                return
-            kept = Updates(
-                indices[rows], take(factors, rows), alpha[rows], None if jacobian is None else take(jacobian, rows)
-            )
-        self._buffer.append(kept)
+            visits = visits.take(self.wanted[visits.indices].nonzero().squeeze(1))
+        if len(visits.indices):
+            self._buffer.append(visits)
+            self._held += size(factors) + (0 if jacobian is None else size(jacobian))
 
     def _flush(self, segment: Segment, visitor: Visitor) -> None:
         """Hand the buffered updates over, joined as far as they have the same uses."""
-        pending, self._buffer = self._buffer, []
+        pending, self._buffer, self._held = self._buffer, [], 0
         while pending:
             head = signature(pending[0].factors)
-            alike = [u for u in pending if signature(u.factors) == head]
-            pending = [u for u in pending if signature(u.factors) != head]
+            alike = [visits for visits in pending if signature(visits.factors) == head]
+            pending = [visits for visits in pending if signature(visits.factors) != head]
             if alike[0].factors:
                 visitor.updates(segment, _joined(alike))
 
@@ -235,15 +236,36 @@ class Walk:
         return find
 
 
-def _bytes(updates: Updates) -> int:
-    return size(updates.factors) + (0 if updates.jacobian is None else size(updates.jacobian))
+@dataclass(frozen=True)
+class _Visits:
+    """One step's examples: their shares of the batch gradient, still to be multiplied by ``rate`` if it is given."""
+
+    indices: Tensor
+    factors: Factors
+    pull: Tensor
+    share: float
+    rate: float | None
+    jacobian: Factors | None
+
+    def take(self, rows: Tensor) -> _Visits:
+        jacobian = None if self.jacobian is None else take(self.jacobian, rows)
+        factors = take(self.factors, rows)
+        return replace(self, indices=self.indices[rows], factors=factors, pull=self.pull[rows], jacobian=jacobian)
 
 
-def _joined(pieces: list[Updates]) -> Updates:
-    jacobians = [u.jacobian for u in pieces if u.jacobian is not None]
+def _joined(visits: list[_Visits]) -> Updates:
+    """Several steps' updates one after the other; α = −∂ℓ/∂f from the pull ∂total/∂f of the reduced loss."""
+    pull = torch.cat([v.pull for v in visits])
+    lengths = torch.tensor([len(v.indices) for v in visits], device=pull.device)
+    spread = lambda each: torch.tensor(each, dtype=pull.dtype, device=pull.device).repeat_interleave(lengths)  # noqa: E731
+    pull = -pull / spread([v.share for v in visits])[:, None]
+    factors = concatenate([v.factors for v in visits])
+    if any(v.rate is not None for v in visits):
+        factors = weigh(factors, spread([1.0 if v.rate is None else v.rate for v in visits]))
+    jacobians = [v.jacobian for v in visits if v.jacobian is not None]
     return Updates(
-        torch.cat([u.indices for u in pieces]),
-        concatenate([u.factors for u in pieces]),
-        torch.cat([u.alpha for u in pieces]),
+        torch.cat([v.indices for v in visits]),
+        factors,
+        pull[:, 0] if pull.shape[1] == 1 else pull.norm(dim=1),
         concatenate(jacobians) if jacobians else None,
     )

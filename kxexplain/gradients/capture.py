@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 from kxexplain.gradients.interception import name_of, transparent
 from kxexplain.gradients.two_point import METADATA
 
-
 Place = tuple[int, int]
 """Which call of the forward code, and which torch call within it: the same for every batch."""
 
@@ -138,7 +137,14 @@ class Capture(TorchFunctionMode):
         return found
 
     def _meet(
-        self, place: Place, name: str, func: Any, args: Any, kwargs: Any, output: Any, sources: Sequence[Source]
+        self,
+        place: Place,
+        name: str,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        output: Any,
+        sources: Sequence[Source],
     ) -> None:
         """File a call that involves parameters: as a contact, a rearrangement, or loose."""
         from kxexplain.gradients import contacts
@@ -170,7 +176,7 @@ class Capture(TorchFunctionMode):
         with torch.no_grad():
             moved = func(positions.to(torch.float64), *args[1:], **kwargs)
         tensors = output if isinstance(output, (tuple, list)) else [output]
-        for tensor, index in zip(tensors, moved if isinstance(moved, (tuple, list)) else [moved]):
+        for tensor, index in zip(tensors, moved if isinstance(moved, (tuple, list)) else [moved], strict=True):
             self.sources[id(tensor)] = Source(source.name, tensor, source.size, index.long())
         return True
 

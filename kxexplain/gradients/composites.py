@@ -12,19 +12,18 @@ overflow for logits of any size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kxexplain.gradients.rules import RULES, Rule, quadratic, same, secant, settle
+from kxexplain.gradients.rules import quadratic, secant, settle
 from kxexplain.gradients.secant import logarithmic_mean
 from kxexplain.gradients.two_point import TwoPoint, Untraceable, is_two_point
 
 
 def _log_softmaxes(u: TwoPoint, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """log p, log p' and L along ``dim``."""
+    """Log p, log p' and L along ``dim``."""
     with torch.no_grad():
         start, end = u.start.log_softmax(dim), u.end.log_softmax(dim)
         return start, end, logarithmic_mean(start, end)
@@ -36,9 +35,9 @@ def softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TwoPoin
     start, end, mean = _log_softmaxes(u, dim)
     start, end = start.exp(), end.exp()
     weights = mean / mean.sum(dim, keepdim=True)
-    with u.trace.watching():
+    with u.tracer.watching():
         middle = mean * (u.middle - (weights * u.middle).sum(dim, keepdim=True))
-    return TwoPoint(start, end, settle(middle, start, end, u.trace), u.trace)
+    return TwoPoint(start, end, settle(middle, start, end, u.tracer), u.tracer)
 
 
 def logsumexp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TwoPoint:
@@ -49,13 +48,13 @@ def logsumexp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TwoPo
     weights = mean / mean.sum(dim, keepdim=True)
     with torch.no_grad():
         start, end = u.start.logsumexp(dim, keepdim), u.end.logsumexp(dim, keepdim)
-    with u.trace.watching():
+    with u.tracer.watching():
         middle = (weights * u.middle).sum(dim, keepdim=keepdim)
-    return TwoPoint(start, end, settle(middle, start, end, u.trace), u.trace)
+    return TwoPoint(start, end, settle(middle, start, end, u.tracer), u.tracer)
 
 
 def log_softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """u − logsumexp(u)."""
+    """U − logsumexp(u)."""
     u, dim = _input_and_dim(args, kwargs)
     return u - torch.logsumexp(u, dim, keepdim=True)
 
@@ -76,7 +75,7 @@ def embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def divide(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """a / b = a · (1/b); linear where b is plain."""
+    """A / b = a · (1/b); linear where b is plain."""
     a, b = args[:2]
     if kwargs.get("rounding_mode") is not None:
         return secant(func, args, kwargs)
@@ -86,7 +85,7 @@ def divide(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def power(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """uᵏ for a plain k: quadratic for k = 2, else elementwise; two-point exponents by secant."""
     base, exponent = args[:2]
-    if is_two_point(exponent) or isinstance(exponent, Tensor) and exponent.dim() > 0:
+    if is_two_point(exponent) or (isinstance(exponent, Tensor) and exponent.dim() > 0):
         return secant(func, args, kwargs)
     if float(exponent) in (1.0, 2.0):
         return quadratic(func, args, kwargs)
@@ -137,94 +136,6 @@ def dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if (args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True))) and args[1] > 0:
         raise Untraceable("dropout is active while evaluating")
     return args[0]
-
-
-def _centred(x: Tensor, dims: list[int], eps: float) -> Tensor:
-    """(x − mean)/√(var + ε) over ``dims``."""
-    shifted = x - x.mean(dims, keepdim=True)
-    return shifted * torch.rsqrt(shifted.square().mean(dims, keepdim=True) + eps)
-
-
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    scaled_x = x if weight is None else x * weight
-    return scaled_x if bias is None else scaled_x + bias
-
-
-def layer_norm(
-    func: Any, input: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
-) -> Any:
-    """Layer norm over the trailing dimensions."""
-    return _affine(_centred(input, list(range(-len(shape), 0)), eps), weight, bias)
-
-
-def rms_norm(func: Any, input: Any, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    """x/√(mean(x²)+ε) over the trailing dimensions."""
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
-    dims = list(range(-len(shape), 0))
-    return _affine(input * torch.rsqrt(input.square().mean(dims, keepdim=True) + eps), weight, None)
-
-
-def _channels(parameter: Any, like: Any) -> Any:
-    return None if parameter is None else parameter.reshape(-1, *[1] * (like.dim() - 2))
-
-
-def group_norm(
-    func: Any, input: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
-) -> Any:
-    """Group norm: centred within groups of channels."""
-    grouped = input.reshape(input.shape[0], groups, -1)
-    centred = _centred(grouped, [-1], eps).reshape(input.shape)
-    return _affine(centred, _channels(weight, input), _channels(bias, input))
-
-
-def batch_norm(
-    func: Any, input: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, *_: Any
-) -> Any:
-    """Batch norm; when evaluating, the running statistics are themselves known at two points."""
-    if training:
-        centred = _centred(input, [d for d in range(input.dim()) if d != 1], eps)
-    else:
-        centred = (input - _channels(mean, input)) * torch.rsqrt(_channels(var, input) + eps)
-    return _affine(centred, _channels(weight, input), _channels(bias, input))
-
-
-def instance_norm(
-    func: Any, input: Any, weight: Any, bias: Any, mean: Any, var: Any, use_input: bool, momentum: float, eps: float, *_: Any
-) -> Any:
-    """Instance norm over the spatial dimensions."""
-    if not use_input:
-        return batch_norm(func, input, weight, bias, mean, var, False, momentum, eps)
-    centred = _centred(input, list(range(2, input.dim())), eps)
-    return _affine(centred, _channels(weight, input), _channels(bias, input))
-
-
-def variance(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Variance over all or some dimensions, with Bessel's correction unless told otherwise."""
-    x = args[0]
-    dim = kwargs.get("dim", args[1] if len(args) > 1 and not isinstance(args[1], bool) else None)
-    unbiased = kwargs.get("unbiased", args[2] if len(args) > 2 else None)
-    if isinstance(dim, bool) or (len(args) > 1 and isinstance(args[1], bool)):
-        dim, unbiased = None, args[1]
-    correction = kwargs.get("correction", 1 if unbiased in (None, True) else 0)
-    dims = list(range(x.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    size = 1
-    for d in dims:
-        size *= x.shape[d]
-    shifted = x - x.mean(dims, keepdim=True)
-    return shifted.square().sum(dims, keepdim=bool(kwargs.get("keepdim", False))) / (size - (correction or 0))
-
-
-def deviation(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Square root of the variance."""
-    return variance(func, args, kwargs).sqrt()
-
-
-def vector_norm(func: Any, input: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Euclidean norm as √Σx²; other orders by secant."""
-    if ord not in (2, 2.0, "fro", None):
-        return secant(func, (input, ord, dim, keepdim), {"dtype": dtype})
-    dims = list(range(input.dim())) if dim is None else dim
-    return torch.sqrt(input.square().sum(dims, keepdim=keepdim))
 
 
 def attention(
@@ -280,30 +191,3 @@ def read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not np.array_equal(starts, ends):
         raise Untraceable("the forward code reads a value that changes along training")
     return starts
-
-
-def _by_signature(rule: Callable[..., Any]) -> Rule:
-    return lambda func, args, kwargs: rule(func, *args, **kwargs)
-
-
-RULES.update(
-    {
-        "embedding": embedding, "softmax": softmax, "log_softmax": log_softmax, "logsumexp": logsumexp, "div": divide, "pow": power,
-        "maximum": maximum, "minimum": minimum, "prelu": prelu, "glu": glu, "bilinear": bilinear, "dropout": dropout,
-        "feature_dropout": dropout, "alpha_dropout": dropout, "feature_alpha_dropout": dropout,
-        "var": variance, "std": deviation, "cross_entropy_loss": cross_entropy, "mse_loss": mse,
-        "nll_loss_nd": quadratic, "where": quadratic, "positive": same,
-    }
-    | {name: _by_signature(rule) for name, rule in {
-        "layer_norm": layer_norm, "rms_norm": rms_norm, "group_norm": group_norm, "batch_norm": batch_norm,
-        "instance_norm": instance_norm, "linalg_vector_norm": vector_norm, "scaled_dot_product_attention": attention,
-    }.items()}
-    | dict.fromkeys("item tolist numpy bool int float index array complex contains format repr str".split(), read)
-)  # fmt: skip
-
-
-def is_composite(name: str) -> bool:
-    """Whether an operation is taken apart by a rule of this module."""
-    return name in RULES and RULES[name].__module__ == __name__
-
-

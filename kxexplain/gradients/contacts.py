@@ -59,13 +59,24 @@ def _convolution(dimensions: int) -> Callable[..., Made]:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
         defaults = (None, None, None, 1, 0, 1, 1)
         x, weight, bias, stride, padding, dilation, groups = (
-            _argument(args, kwargs, i, name, default) for i, (name, default) in enumerate(zip(names, defaults))
+            _argument(args, kwargs, i, name, default)
+            for i, (name, default) in enumerate(zip(names, defaults, strict=True))
         )
         if axis != Axis(0) or _source(sources, x) is not None or x.dim() != dimensions + 2:
             return None
         each = [v if isinstance(v, str) else _tuple(v, dimensions) for v in (stride, padding, dilation)]
-        held = {"x": x, "kernel": tuple(weight.shape[2:]), "stride": each[0], "padding": each[1], "dilation": each[2]}
-        return "conv", _used(weight=_source(sources, weight), bias=_source(sources, bias)), {**held, "groups": groups}
+        held = {
+            "x": x,
+            "kernel": tuple(weight.shape[2:]),
+            "stride": each[0],
+            "padding": each[1],
+            "dilation": each[2],
+        }
+        return (
+            "conv",
+            _used(weight=_source(sources, weight), bias=_source(sources, bias)),
+            {**held, "groups": groups},
+        )
 
     return contact
 
@@ -87,7 +98,7 @@ def _embedding(sources: Sources, args: Any, kwargs: Any, output: Tensor, axis: A
 
 def _norm(normalise: Callable[..., Tensor], weight_at: int, channels: bool) -> Callable[..., Made]:
     def contact(sources: Sources, args: Any, kwargs: Any, output: Tensor, axis: Axis) -> Made:
-        if kwargs or axis != Axis(0) and channels:
+        if kwargs or (axis != Axis(0) and channels):
             return None
         weight = _source(sources, args[weight_at] if len(args) > weight_at else None)
         bias = _source(sources, args[weight_at + 1] if len(args) > weight_at + 1 else None)
@@ -98,7 +109,9 @@ def _norm(normalise: Callable[..., Tensor], weight_at: int, channels: bool) -> C
     return contact
 
 
-def _layer_normalised(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Tensor:
+def _layer_normalised(
+    x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Tensor:
     return F.layer_norm(x, shape, None, None, eps)
 
 
@@ -107,7 +120,15 @@ def _group_normalised(x: Tensor, groups: int, weight: Any, bias: Any, eps: float
 
 
 def _batch_normalised(
-    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, *_: Any
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
 ) -> Tensor:
     if training:
         return F.batch_norm(x, None, None, None, None, True, 0.0, eps)
@@ -115,7 +136,15 @@ def _batch_normalised(
 
 
 def _instance_normalised(
-    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, use_input: bool, momentum: float, eps: float, *_: Any
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    use_input: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
 ) -> Tensor:
     if not use_input:
         return F.batch_norm(x, mean, var, None, None, False, 0.0, eps)
@@ -134,7 +163,7 @@ def _elementwise(kind: str) -> Callable[..., Made]:
         missing = output.dim() - source.tensor.dim()
         if axis.axis >= missing and source.tensor.shape[axis.axis - missing] != 1:
             return None
-        sign = -1.0 if kind == "sub" and right is not None or kind == "rsub" and left is not None else 1.0
+        sign = -1.0 if (kind == "sub" and right is not None) or (kind == "rsub" and left is not None) else 1.0
         return "broadcast", {"weight": source}, {"factor": other if kind == "mul" else sign}
 
     return contact
@@ -162,22 +191,27 @@ def _rows_first(value: Tensor, axis: Axis, rows: int) -> Tensor:
 
 def _stacked(use: Use, gradients: Tensor) -> Tensor:
     """Gradients [c, …output] with examples first: [n, c, …]."""
+    if len(gradients) == 1:
+        return _rows_first(gradients[0], use.axis, use.rows)[:, None]
     return torch.stack([_rows_first(g, use.axis, use.rows) for g in gradients], 1)
 
 
 def _assemble_linear(use: Use, gradients: Tensor) -> Factors:
-    n, c = use.rows, gradients.shape[0]
-    a = _rows_first(use.held["x"].detach(), use.axis, n)
-    a, g = a.reshape(n, -1, a.shape[-1]), _stacked(use, gradients).reshape(n, c, -1, gradients.shape[-1])
+    """``linear`` and ``x @ w``: one outer product per position."""
     weight, bias = use.sources.get("weight"), use.sources.get("bias")
-    if weight is None:
-        assert bias is not None
-        return [_placed(bias, g.sum(2))]
-    if weight.index is not None or bias is not None and bias.index is not None:
-        written = Outer("", None, a, g, transposed=use.kind == "matmul").dense()[0]
-        return [_placed(weight, written.values), *([] if bias is None else [_placed(bias, g.sum(2))])]
+    x, transposed = use.held["x"].detach(), use.kind == "matmul"
+    rearranged = weight is None or any(source.index is not None for source in use.sources.values())
     name = None if bias is None else bias.name
-    return compact(Outer(weight.name, name, a, g, transposed=use.kind == "matmul"))
+    if weight is not None and not rearranged and use.axis == Axis(0) and x.dim() == 2:  # the commonest, by far
+        return [Outer(weight.name, name, x.unsqueeze(1), gradients.transpose(0, 1).unsqueeze(2), transposed)]
+    a = _rows_first(x, use.axis, use.rows).reshape(use.rows, -1, x.shape[-1])
+    g = _stacked(use, gradients).reshape(use.rows, gradients.shape[0], -1, gradients.shape[-1])
+    if weight is not None and not rearranged:
+        return compact(Outer(weight.name, name, a, g, transposed))
+    made: Factors = [] if bias is None else [_placed(bias, g.sum(2))]
+    if weight is not None:
+        made.append(_placed(weight, Outer("", None, a, g, transposed).dense()[0].values))
+    return made
 
 
 def _assemble_conv(use: Use, gradients: Tensor) -> Factors:
@@ -204,7 +238,7 @@ def _patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -
     if padding == "valid":
         padding = (0,) * dimensions
     if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel)]
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         pads = [(t // 2, t - t // 2) for t in total]
     else:
         pads = [(p, p) for p in padding]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kxexplain.gradients import composites
 from kxexplain.gradients.capture import Capture, Layout, measure
 from kxexplain.gradients.factors import Factors, concatenate, signature
 from kxexplain.gradients.ordinary import differentiate
@@ -20,8 +19,6 @@ from kxexplain.trajectory.batches import call, count, outputs_2d, take
 
 Target = Callable[[Tensor, Tensor | slice], Tensor]
 """From outputs [n, C] and the rows they belong to, to the quantities explained, [n, c]."""
-
-assert composites.is_composite("softmax")
 
 
 @dataclass(frozen=True)
@@ -133,9 +130,7 @@ class DiscreteGradient:
         self, start: Tensors, end: Tensors, leaves: Tensors, inputs: Inputs, capture: Capture
     ) -> tuple[Tensor, Trace]:
         trace = Trace(count(inputs), capture)
-        pairs = {
-            id(self.variables[name]): TwoPoint(start[name], end[name], leaves[name], trace) for name in self.names
-        }
+        pairs = {id(self.variables[name]): TwoPoint(start[name], end[name], leaves[name], trace) for name in self.names}
         with torch.enable_grad(), Substitution(pairs, trace):
             return outputs_2d(call(self.model, inputs)), trace
 
@@ -172,7 +167,9 @@ class DiscreteGradient:
 
 def _joined(parts: list[Secant]) -> Secant:
     if len({signature(part.factors) for part in parts}) > 1:
-        parts = [Secant(p.start, p.end, [d for f in p.factors for d in f.dense()], p.correction, p.direction) for p in parts]
+        parts = [
+            Secant(p.start, p.end, [d for f in p.factors for d in f.dense()], p.correction, p.direction) for p in parts
+        ]
     corrections = [p.correction for p in parts]
     correction = None
     if any(c is not None for c in corrections):

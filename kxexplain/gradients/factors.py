@@ -144,6 +144,15 @@ def scale(factors: Factors, by: Mapping[str, float]) -> Factors:
     return [part for f in kept for part in f.scaled(by)]
 
 
+def weigh(factors: Factors, weights: Tensor) -> Factors:
+    """Every example's gradients times its own number, [n]."""
+    column = weights[:, None, None]
+    return [
+        replace(f, g=f.g * column[..., None]) if isinstance(f, Outer) else replace(f, values=f.values * column)
+        for f in factors
+    ]
+
+
 def concatenate(pieces: Sequence[Factors]) -> Factors:
     """The examples of several passes one after the other; every pass must have met the same uses."""
     first = pieces[0]

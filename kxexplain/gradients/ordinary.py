@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +67,10 @@ def loose_gradients(values: Tensor, capture: Capture, parameters: Tensors) -> Fa
     for row in range(rows):
         for column in range(columns):
             found = torch.autograd.grad(values[row, column], tensors, retain_graph=True, allow_unused=True)
-            for target, gradient in zip(written, found):
+            for target, gradient in zip(written, found, strict=True):
                 if gradient is not None:
                     target[row, column] = gradient.flatten()
-    return [Dense(name, value) for name, value in zip(names, written)]
+    return [Dense(name, value) for name, value in zip(names, written, strict=True)]
 
 
 def assemble(capture: Capture, gradients: Sequence[Sequence[Tensor | None]], loose: Factors) -> Factors:
@@ -78,7 +79,8 @@ def assemble(capture: Capture, gradients: Sequence[Sequence[Tensor | None]], loo
     for position, use in enumerate(capture.uses):
         columns = [_or_zero(g[position], use) for g in gradients]
         if columns:
-            factors = ASSEMBLY[use.kind](use, torch.stack(columns))
+            stacked = columns[0][None] if len(columns) == 1 else torch.stack(columns)
+            factors = ASSEMBLY[use.kind](use, stacked)
             made += [f for f in factors if not capture.loose & set(f.names)] or _without(factors, capture.loose)
     return merge([*made, *loose])
 
@@ -139,7 +141,7 @@ class StepGradients:
         self.pull: Tensor
         self._loose: Factors = []
 
-    def forward(self) -> AbstractContextManager[Capture]:
+    def forward(self) -> AbstractContextManager[Any]:
         """Entered around the forward pass."""
         return self.capture
 

@@ -45,7 +45,8 @@ def _accumulate(left: Factors, right: Factors, outer, dense) -> Tensor:  # type:
         if isinstance(f, Outer) and isinstance(h, Outer):
             term = outer(f, h)
         else:
-            assert isinstance(f, Dense) and isinstance(h, Dense)
+            assert isinstance(f, Dense)
+            assert isinstance(h, Dense)
             term = dense(f.values, h.values)
         total = term if total is None else total.add_(term)
     if total is None:

@@ -1,6 +1,6 @@
 r"""For each operation, the linear map J with J(u'−u) = v'−v exactly: the rules of the discrete gradient.
 
-A rule is a line in :data:`RULES`: the operation's name and one of a few kinds.
+Which rule an operation has stands in :mod:`kxexplain.gradients.table`: its name and one of a few kinds.
 
 * *quadratic* (all linear and bilinear operations): the ordinary derivative at the middle of the operation's
   own inputs, exact because W'h'−Wh = ΔW·h̄ + W̄·Δh;
@@ -13,7 +13,6 @@ A rule is a line in :data:`RULES`: the operation's name and one of a few kinds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from kxexplain.gradients.two_point import (
     Trace,
     TwoPoint,
     Untraceable,
-    at,
     both_ends,
     in_middle,
     two_points,
@@ -38,11 +36,11 @@ Rule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 def quadratic(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Operations of degree at most two in their two-point inputs: the derivative at the middle is exact."""
     inputs = two_points((args, kwargs))
-    if any(not t.is_floating_point() for t in inputs) or (func in _ANY_DEGREE and len(inputs) > 2):
+    if any(not t.is_floating_point() for t in inputs) or (name_of(func) in _ANY_DEGREE and len(inputs) > 2):
         return secant(func, args, kwargs)
     starts, ends = both_ends(func, args, kwargs)
     linear = len(inputs) == 1 and name_of(func) not in ("square", "pow")
-    return _join(starts, ends, in_middle(func, args, kwargs), inputs[0].trace, settled=linear)
+    return _join(starts, ends, in_middle(func, args, kwargs), inputs[0].tracer, settled=linear)
 
 
 def _join(starts: Any, ends: Any, middles: Any, trace: Trace, *, settled: bool = False) -> Any:
@@ -51,7 +49,7 @@ def _join(starts: Any, ends: Any, middles: Any, trace: Trace, *, settled: bool =
     end_leaves, middle_leaves = tree_flatten(ends)[0], tree_flatten(middles)[0]
     if not len(start_leaves) == len(end_leaves) == len(middle_leaves):
         raise Untraceable("an operation returned different structures at the two ends")
-    pairs = zip(start_leaves, end_leaves, middle_leaves)
+    pairs = zip(start_leaves, end_leaves, middle_leaves, strict=True)
     return tree_unflatten([_pair(*leaves, trace, settled) for leaves in pairs], shape)
 
 
@@ -74,14 +72,17 @@ def settle(middle: Tensor, start: Tensor, end: Tensor, trace: Trace) -> Tensor:
 
 
 def same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Operations that return their first argument's value: detach, contiguous …"""
+    """Operations that return their first argument's value, such as detach."""
     return args[0]
 
 
 def elementwise(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], kinks: Sequence[float] | None = None
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    kinks: Sequence[float] | None = None,
 ) -> Any:
-    """φ(u) for one two-point tensor u: its secant slope. ``kinks``: where φ' jumps; () for smooth."""
+    """The value φ(u) for one two-point tensor u: its secant slope. ``kinks``: where φ' jumps; () for smooth."""
     (u, *rest) = two_points((args, kwargs))
     starts, ends = both_ends(func, args, kwargs)
     if rest or starts.shape != u.shape or u is not args[0]:
@@ -108,9 +109,9 @@ def relu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def scaled(u: TwoPoint, gain: Tensor, start: Tensor, end: Tensor) -> TwoPoint:
     """The two-point output whose middle depends on u through ``gain``."""
-    with u.trace.watching():
+    with u.tracer.watching():
         middle = u.middle * gain
-    return TwoPoint(start, end, settle(middle, start, end, u.trace), u.trace)
+    return TwoPoint(start, end, settle(middle, start, end, u.tracer), u.tracer)
 
 
 def secant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -119,11 +120,11 @@ def secant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     Source: O. Gonzalez, "Time integration and discrete Hamiltonian systems", 1996, eq. 2.7.
     """
     inputs = two_points((args, kwargs))
-    moved, trace = [t for t in inputs if t.is_floating_point()], inputs[0].trace
+    moved, trace = [t for t in inputs if t.is_floating_point()], inputs[0].tracer
     starts, ends = both_ends(func, args, kwargs)
     middles, shape = tree_flatten(in_middle(func, args, kwargs))
     pushed = _pushforward(func, args, kwargs, moved)
-    leaves = zip(middles, tree_flatten(starts)[0], tree_flatten(ends)[0], pushed)
+    leaves = zip(middles, tree_flatten(starts)[0], tree_flatten(ends)[0], pushed, strict=True)
     corrected = [_corrected(middle, start, end, push, moved, trace) for middle, start, end, push in leaves]
     return _join(starts, ends, tree_unflatten(corrected, shape), trace)
 
@@ -176,7 +177,7 @@ def _push(value: Any, points: list[Tensor], widths: list[Tensor]) -> Tensor | No
     cotangent = torch.zeros_like(value, requires_grad=True)
     try:
         pulled = torch.autograd.grad(value, points, cotangent, create_graph=True, allow_unused=True)
-        pairs = [(g, w) for g, w in zip(pulled, widths) if g is not None and g.requires_grad]
+        pairs = [(g, w) for g, w in zip(pulled, widths, strict=True) if g is not None and g.requires_grad]
         if not pairs:
             return None
         (push,) = torch.autograd.grad([g for g, _ in pairs], cotangent, [w for _, w in pairs])
@@ -198,36 +199,6 @@ def assign(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     args[0].become(quadratic(copied, args, kwargs))
 
 
-QUADRATIC = """
-    add sub rsub neg mul matmul mm bmm mv dot inner outer addmm addbmm baddbmm addmv addr einsum tensordot kron
-    linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution conv_tbc
-    view reshape view_as reshape_as transpose t permute movedim flatten unflatten squeeze unsqueeze expand expand_as
-    getitem select narrow index_select gather take take_along_dim chunk split split_with_sizes unbind tensor_split
-    hsplit vsplit cat stack hstack vstack dstack repeat tile repeat_interleave roll flip rot90 diagonal diag diag_embed
-    tril triu unfold im2col col2im pad constant_pad_nd sum mean cumsum diff trace lerp addcmul square atleast_1d
-    atleast_2d atleast_3d broadcast_to broadcast_tensors meshgrid scatter_add index_add index_copy masked_fill
-    masked_select masked_scatter scatter slice_scatter select_scatter float double half bfloat16 to type type_as clone
-    contiguous cpu cuda mT get:T get:mT get:H get:mH get:real avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d
-    upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d pixel_shuffle
-    pixel_unshuffle channel_shuffle native_channel_shuffle cross vdot embedding_bag fold as_strided new_tensor iter
-    reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d _pad_circular _pad fft_rfft alias
-""".split()
-SMOOTH = """
-    tanh sigmoid exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan sinh cosh asin acos atan asinh acosh atanh
-    erf erfc erfinv reciprocal gelu silu mish softplus logsigmoid softsign tanhshrink lgamma digamma special_erf
-    special_expit special_ndtr logit sinc
-""".split()
-KINKED: dict[str, tuple[float, ...]] = {
-    "elu": (0.0,), "selu": (0.0,), "celu": (0.0,), "hardswish": (-3.0, 3.0), "abs": (0.0,),
-}  # fmt: skip
-PIECEWISE_LINEAR = """
-    leaky_relu rrelu relu6 hardtanh hardsigmoid clamp clamp_min clamp_max threshold softshrink hardshrink sign round
-    floor ceil trunc frac heaviside
-""".split()
-"""Elementwise and of constant slope between kinks: the plain quotient, which cannot lose digits."""
-
-
 def piecewise_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Quotient wherever the ends differ; autograd's derivative where they meet."""
     (u, *rest) = two_points((args, kwargs))
@@ -247,14 +218,4 @@ def piecewise_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     return scaled(u, gain, starts, ends)
 
 
-_ANY_DEGREE = {torch.einsum, torch._VF.einsum}
-RULES: dict[str, Rule] = (
-    dict.fromkeys(QUADRATIC, quadratic)
-    | dict.fromkeys(SMOOTH, elementwise)
-    | {name: partial(elementwise, kinks=kinks) for name, kinks in KINKED.items()}
-    | dict.fromkeys(PIECEWISE_LINEAR, piecewise_linear)
-    | {"relu": relu, "setitem": assign, "detach": same, "get:data": same, "requires_grad_": same}
-)
-"""Operation name → rule. :mod:`kxexplain.gradients.composites` adds the composite ones."""
-
-__all__ = ["RULES", "Rule", "at", "elementwise", "quadratic", "scaled", "secant"]
+_ANY_DEGREE = frozenset({"einsum"})

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_any, tree_iter, tree_map_only
 from kxexplain.gradients.interception import name_of, out_of_place, transparent
 
 
-class Untraceable(RuntimeError):  # noqa: N818 - a signal between tracer and caller, never shown to users
+class Untraceable(RuntimeError):
     """The forward code left torch, or branched on a value that differs between the ends."""
 
 
+@runtime_checkable
 class Watch(Protocol):
     """Sees the operations on middle values."""
 
@@ -68,27 +69,30 @@ class TwoPoint(Tensor):
     start: Tensor
     end: Tensor
     middle: Tensor
-    trace: Trace
+    tracer: Trace
 
     @staticmethod
     def __new__(cls, start: Tensor, end: Tensor, middle: Tensor, trace: Trace) -> TwoPoint:
-        made: TwoPoint = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        """A tensor without storage of its own that stands for the three."""
+        made: TwoPoint = torch.Tensor._make_wrapper_subclass(
             cls, start.shape, dtype=start.dtype, device=start.device, requires_grad=False
         )
-        made.start, made.end, made.middle, made.trace = start, end, middle, trace
+        made.start, made.end, made.middle, made.tracer = start, end, middle, trace
         return made
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
     @classmethod
-    def __torch_function__(  # type: ignore[override]
+    def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         return dispatch(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as a disabled function
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise Untraceable(f"{func} reached a tensor that is known at two points")
 
     def become(self, other: TwoPoint) -> TwoPoint:
@@ -131,12 +135,12 @@ METADATA = frozenset(
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry one call through: by its rule if it has one, through its body if composite, else by secant."""
-    from kxexplain.gradients import rules
+    from kxexplain.gradients import rules, table  # they are written with the tensors of this module
 
     name = name_of(func)
     if name in METADATA or name.startswith("set:"):
         return at("start", func, args, kwargs)
-    rule, body = rules.RULES.get(name), transparent(func)
+    rule, body = table.RULES.get(name), transparent(func)
     if body is not None and (rule is None or func.__module__ != "torch._tensor"):
         return body(*args, **kwargs)
     if rule is not None:
@@ -172,5 +176,5 @@ def both_ends(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, An
 def in_middle(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The call evaluated on the middle values, in their graph and seen by the trace's watch."""
     (first, *_) = two_points((args, kwargs))
-    with first.trace.watching():
+    with first.tracer.watching():
         return at("middle", func, args, kwargs)

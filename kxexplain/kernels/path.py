@@ -9,6 +9,7 @@ vector machine needs. (The bill's own kernel counts an example only while it is 
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,11 @@ def flow_weights(trajectory: Trajectory) -> list[float]:
         raise ArgumentError("the trajectory has no steps; train first")
     at = [state.step for state in trajectory.states]
     elapsed = [0.0]
-    for first, last in zip(at, at[1:]):
+    for first, last in pairwise(at):
         rates = [sum(step.rates) / len(step.rates) for step in trajectory.steps[first:last]]
         elapsed.append(elapsed[-1] + sum(rates))
-    gaps = [b - a for a, b in zip(elapsed, elapsed[1:])]
-    return [(before + after) / 2 for before, after in zip([0.0, *gaps], [*gaps, 0.0])]
+    gaps = [b - a for a, b in pairwise(elapsed)]
+    return [(before + after) / 2 for before, after in zip([0.0, *gaps], [*gaps, 0.0], strict=True)]
 
 
 def put(state: State, model: nn.Module) -> None:
@@ -87,7 +88,7 @@ def path_kernel(
     kernel = TangentKernel(private, take(x1, slice(0, 1)), outputs, batch)
     total: Tensor | None = None
     with torch.random.fork_rng(devices=[]):
-        for state, weight in zip(trajectory.states, flow_weights(trajectory)):
+        for state, weight in zip(trajectory.states, flow_weights(trajectory), strict=True):
             put(trajectory.state(state.step), kernel.model)
             left = kernel.gradients(x1)
             found = kernel.between(left, left if x2 is None else kernel.gradients(x2)) * weight

@@ -39,7 +39,7 @@ def gauss_legendre(count: int) -> tuple[tuple[float, float], ...]:
     ((0.5, 1.0),)
     """
     positions, weights = np.polynomial.legendre.leggauss(count)
-    return tuple((float((x + 1) / 2), float(w / 2)) for x, w in zip(positions, weights))
+    return tuple((float((x + 1) / 2), float(w / 2)) for x, w in zip(positions, weights, strict=True))
 
 
 def rule(name: str) -> Rule:
@@ -48,8 +48,8 @@ def rule(name: str) -> Rule:
     Raises:
         ArgumentError: for any other name.
 
-    >>> rule("gauss-2").nodes[0]
-    (0.21132486540518708, 0.5)
+    >>> [weight for _, weight in rule("gauss-2").nodes]
+    [0.5, 0.5]
     """
     if name == "discrete":
         return Rule(name, ())

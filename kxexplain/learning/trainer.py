@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from os import PathLike
@@ -132,6 +133,7 @@ class _Run:
         self.start = 0
         self.rng: rng.RngState = {}  # to begin with, if not the seed's
         self.losses: list[float] = []  # of the present epoch
+        self.ended = 0  # epochs, their scheduler's step included
         recorder.extra = self._extra
 
     def restore(self, old: Trajectory) -> bool:
@@ -150,11 +152,13 @@ class _Run:
         if self.scheduler is not None:
             template = self.scheduler.state_dict()
             self.scheduler.load_state_dict(_like(template, state.extra["scheduler"]))
-        within = self.start % self.batches
-        done = within or (self.batches if self.start else 0)
-        self.losses = [step.loss for step in old.steps[self.start - done : self.start]]
-        if self.start and not within:  # the state was taken before the scheduler's step
-            self._end_epoch()
+        within = self.start % self.batches or min(self.start, self.batches)
+        self.losses = [step.loss for step in old.steps[self.start - within : self.start]]
+        self.ended = state.extra.get("ended", self.start // self.batches)
+        if self.ended < self.start // self.batches:  # the state was taken at once after the last batch
+            with warnings.catch_warnings():  # torch only looks at steps of this very optimizer
+                warnings.filterwarnings("ignore", "Detected call of", UserWarning)
+                self._end_epoch()
         self.recorder.resume(old)
         return False
 
@@ -202,9 +206,12 @@ class _Run:
         elif self.scheduler is not None:
             self.scheduler.step()
         self.losses = []
+        self.ended += 1
 
     def _extra(self) -> dict[str, Any]:
-        return {} if self.scheduler is None else {"scheduler": self.scheduler.state_dict()}
+        if self.scheduler is None:
+            return {}
+        return {"scheduler": self.scheduler.state_dict(), "ended": self.ended}
 
 
 def _permutation(examples: int, seed: int, epoch: int) -> Tensor:
@@ -220,9 +227,7 @@ def _optimizer(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> Opt
         return torch.optim.SGD(model.parameters(), lr=0.1)
     made = given(model.parameters())
     if not isinstance(made, Optimizer):
-        raise ArgumentError(
-            f"optimizer= returned a {type(made).__name__}, expected an optimizer of torch.optim"
-        )
+        raise ArgumentError(f"optimizer= returned a {type(made).__name__}, expected an optimizer of torch.optim")
     return made
 
 

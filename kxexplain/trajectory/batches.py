@@ -162,19 +162,88 @@ def fingerprint(dataset: Any) -> Fingerprint:
     """
     total = size(dataset)
     probe = sorted({0, 1 % total, total // 2, total - 1})
-    first = _digests(dataset, probe)
-    if first != _digests(dataset, probe):
+    first, again = _Digest(), _Digest()
+    first.update(fetch(dataset, probe))
+    again.update(fetch(dataset, probe))
+    if first.result() != again.result():
         raise DatasetError(
             "the dataset served different values for the same index when asked twice; random "
             "augmentation cannot be replayed: apply it once, beforehand, and train on the result"
         )
-    inputs, targets = fetch(dataset, probe[:1])
-    row = sum(leaf.nbytes for _, leaf in leaves((inputs, targets)))
+    row = sum(leaf.nbytes for _, leaf in leaves(fetch(dataset, probe[:1])))
     step = max(1, CHUNK_BYTES // max(1, row))
-    digests: list[bytes] = []
+    digest = _Digest()
     for start in range(0, total, step):
-        digests += _digests(dataset, np.arange(start, min(start + step, total)))
-    return Fingerprint(total, _hash(digests), _hash(sorted(digests)))
+        digest.update(fetch(dataset, np.arange(start, min(start + step, total))))
+    return digest.result()
+
+
+class _Digest:
+    """Both hashes of a dataset, from chunks of any size.
+
+    In order: one SHA-256 per tensor of an example, each over that tensor's rows. Regardless of
+    order: the sum of a number per row, Σ_j m_j·w_j over its folded 64-bit words w_j, then mixed,
+    modulo 2^64. Only the former says that two datasets are equal; the latter words a message.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.layout: list[str] | None = None
+        self.streams: list[Any] = []
+        self.factors: list[np.ndarray] = []
+        self.sum = np.zeros(1, np.uint64)
+
+    def update(self, batch: tuple[Inputs, Tensor]) -> None:
+        """Take in the next rows."""
+        parts = list(leaves(batch))
+        layout = [f"{path}:{leaf.dtype}:{tuple(leaf.shape[1:])}" for path, leaf in parts]
+        words = [_words(leaf) for _, leaf in parts]
+        if self.layout is None:
+            self.layout = layout
+            self.streams = [hashlib.sha256() for _ in parts]
+            self.factors = [_factors(i, w.shape[1]) for i, w in enumerate(words)]
+        if layout != self.layout:
+            raise DatasetError(f"examples differ in shape or type: {self.layout} and {layout}")
+        for stream, word in zip(self.streams, words, strict=True):
+            stream.update(memoryview(cast(Any, word)))
+        keys = sum(_folded(w) @ m for w, m in zip(words, self.factors, strict=True))
+        self.sum += _mixed(cast(np.ndarray, keys)).sum(dtype=np.uint64)
+        self.rows += len(words[0])
+
+    def result(self) -> Fingerprint:
+        """The fingerprint of the rows so far."""
+        head = f"{self.rows};{self.layout};".encode()
+        streams = b"".join(stream.digest() for stream in self.streams)
+        ordered = hashlib.sha256(head + streams).hexdigest()
+        unordered = hashlib.sha256(head + self.sum.tobytes()).hexdigest()
+        return Fingerprint(self.rows, ordered, unordered)
+
+
+def _words(leaf: Tensor) -> np.ndarray:
+    """A tensor's bytes as (rows, 64-bit words), each row filled up with zeros."""
+    flat = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = flat.reshape(len(leaf), flat.size // len(leaf))
+    missing = -data.shape[1] % 8
+    if missing:
+        data = np.pad(data, ((0, 0), (0, missing)))
+    return cast(np.ndarray, data.view(np.uint64))
+
+
+def _folded(words: np.ndarray) -> np.ndarray:
+    """Bits spread and high ones folded down: else changes of two highest bits cancel in the sum."""
+    spread = words * np.uint64(0x9E3779B97F4A7C15)
+    return cast(np.ndarray, spread ^ (spread >> np.uint64(32)))
+
+
+def _factors(position: int, words: int) -> np.ndarray:
+    return np.random.SeedSequence([position, words]).generate_state(words, np.uint64)
+
+
+def _mixed(keys: np.ndarray) -> np.ndarray:
+    """Every bit of a key spread over all of them (the finaliser of SplitMix64)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
+    return cast(np.ndarray, keys ^ (keys >> np.uint64(31)))
 
 
 def size(dataset: Any) -> int:
@@ -189,31 +258,6 @@ def size(dataset: Any) -> int:
     if total == 0:
         raise DatasetError("the dataset is empty; give at least one example")
     return total
-
-
-def _digests(dataset: Any, indices: Indices) -> list[bytes]:
-    """One 16-byte digest per example: of the paths, dtypes, shapes and bytes of its tensors."""
-    parts = list(leaves(fetch(dataset, indices)))
-    layout = ";".join(f"{path}:{leaf.dtype}:{tuple(leaf.shape[1:])}" for path, leaf in parts)
-    start = hashlib.blake2b(layout.encode(), digest_size=16)
-    rows = [_rows(leaf) for _, leaf in parts]
-    digests = []
-    for i in range(len(indices)):
-        state = start.copy()
-        for data, width in rows:
-            state.update(data[i * width : (i + 1) * width])
-        digests.append(state.digest())
-    return digests
-
-
-def _rows(leaf: Tensor) -> tuple[memoryview, int]:
-    """A tensor's bytes and the number of them per row."""
-    flat = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(cast(Any, flat.numpy())), flat.numel() // leaf.shape[0]
-
-
-def _hash(digests: Sequence[bytes]) -> str:
-    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _below(table: Any, indices: Indices) -> Indices:

@@ -15,7 +15,7 @@ import numpy as np
 from kxexplain.errors import TrajectoryError
 from kxexplain.trajectory.records import StateRecord, StepRecord
 from kxexplain.trajectory.rng import RngState
-from kxexplain.trajectory.store import LOG, MANIFEST, state_file, storage
+from kxexplain.trajectory.store import LOG, MANIFEST, STEPS_DIGEST, row_bytes, state_file, storage
 
 BLOCK = 1024
 """Steps read, and cached, at once."""
@@ -124,10 +124,18 @@ class Reader:
             )
 
     def check(self) -> None:
-        """The database's own integrity check of the whole file."""
+        """The database's own integrity check, and the checksum of all steps."""
         problem = self.rows("PRAGMA integrity_check")[0][0]
         if problem != "ok":
             raise TrajectoryError(f"{self.path} is damaged: {problem}")
+        digest = hashlib.sha256()
+        with storage(self.path), self._connect() as log:
+            log.execute("BEGIN")  # both from the same moment, while training may go on
+            for row in log.execute("SELECT * FROM steps ORDER BY step"):
+                digest.update(row_bytes(row))
+            recorded = log.execute("SELECT value FROM facts WHERE key = ?", (STEPS_DIGEST,)).fetchone()
+        if (recorded or (hashlib.sha256().hexdigest(),))[0] != digest.hexdigest():
+            raise TrajectoryError(f"{self.path} was altered: its steps do not have their checksum")
 
 
 class Steps(Sequence[StepRecord]):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kxexplain.errors import TrainingError
 from kxexplain.shapes import Tensors
@@ -19,12 +20,16 @@ from kxexplain.trajectory.states import rates
 RATES = ("params", "lr", "initial_lr")
 """Options of a parameter group that may change while training goes on."""
 
+QUIET = 16
+"""After so many steps that drew no random number, forward passes are no longer looked at."""
+
 
 class Observer:
     """What model and optimiser did since the last logged step.
 
     The optimiser's step is seen before it happens, so that a gradient that is not finite stops
-    training while the parameters are still good.
+    training while the parameters are still good. The model's forward pass is looked at only while
+    steps draw random numbers, or where there are buffers to keep: hooks on a model cost time.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -38,10 +43,16 @@ class Observer:
         self.rates: tuple[float, ...] = ()
         self.norm = 0.0
         self.rng = rng.capture(self.device)
+        """The generator state that the last logged step left behind."""
         self._started: rng.RngState | None = None
+        self._replayed = [self.rng]  # the generator states that a replay may have at this point
+        self._quiet = 0
+        self._forward_hook: RemovableHandle | None = None
         self._buffers: Tensors | None = None
         self._has_buffers = any(True for _ in model.buffers())
-        self._options = _options(optimizer)
+        self._fixed = [
+            (group, key, value) for group in optimizer.param_groups for key, value in group.items() if key not in RATES
+        ]
         self._names = [name for name, _ in model.named_modules()]
         self._modules = list(model.modules())
         self._named = dict(model.named_parameters())
@@ -51,19 +62,14 @@ class Observer:
     def attached(self) -> Iterator[None]:
         """Hooks are on the model and the optimiser inside the block."""
 
-        # Plain functions: a copy of the model made meanwhile keeps them, and must not report here.
-        def before_forward(module: nn.Module, *_: Any) -> None:
-            if module is self.model and torch.is_grad_enabled():
-                self._before_forward()
-
         def before_step(*_: Any) -> None:
             self._before_step()
 
         def after_step(*_: Any) -> None:
             self.completed = True
 
+        self._watch_forward()
         handles = [
-            self.model.register_forward_pre_hook(before_forward),
             self.optimizer.register_step_pre_hook(before_step),
             self.optimizer.register_step_post_hook(after_step),
         ]
@@ -72,11 +78,17 @@ class Observer:
         finally:
             for handle in handles:
                 handle.remove()
+            self._leave_forward()
 
     def begin(self, step: int, state: rng.RngState) -> None:
         """Observe from ``step`` on, which begins with this generator state."""
         self.step = step
         self.rng = state
+        self._replayed = [state]
+
+    def saved(self) -> None:
+        """A state was recorded, from which a replay may begin."""
+        self._replayed.append(self.rng)
 
     def check_one_step(self) -> None:
         """``TrainingError`` unless the optimiser stepped once since the last logged step."""
@@ -85,22 +97,34 @@ class Observer:
                 "recorder.step() was called without an optimizer.step() before it; call it once "
                 "after each step of the optimizer that was given to record()"
             )
-        if _options(self.optimizer) != self._options:
-            raise TrainingError(
-                f"the optimizer's options changed at step {self.step}; only learning rates may "
-                "change while recording (schedulers that cycle the momentum: cycle_momentum=False)"
-            )
+        for group, key, value in self._fixed:
+            now = group.get(key)
+            if now is not value and now != value:
+                raise TrainingError(
+                    f"the optimizer's {key} changed from {value} to {now} at step {self.step}; "
+                    "only learning rates may change while recording (schedulers that cycle the "
+                    "momentum as well: cycle_momentum=False)"
+                )
 
     def logged(self) -> rng.RngState | None:
         """The pending step is logged; returns the generator state it needs to be told about.
 
-        That is the state at its forward pass, if the step drew random numbers and did not simply
-        go on from where the step before it ended.
+        That is the one at its forward pass, if the step drew random numbers and a replay, which
+        repeats only the steps, would not have come to the same state (a loader draws, too).
         """
-        now = rng.capture(self.device)
-        started = self._started
-        drew = started is not None and started != now
-        told = started if drew and started != self.rng else None
+        before, now = self.rng, rng.capture(self.device)
+        started = before if self._started is None else self._started
+        drew = now != started
+        told = started if drew and any(state != started for state in self._replayed) else None
+        if drew:
+            # Unwatched, it may have been the loop that drew, not the step: then nobody knows.
+            self._replayed = [{}] if self._started is None else [now]
+            self._quiet = 0
+            self._watch_forward()
+        else:
+            self._quiet += 1
+            if self._quiet == QUIET and not self._has_buffers:
+                self._leave_forward()
         self.rng = now
         self.step += 1
         self.pending = self.completed = False
@@ -116,6 +140,8 @@ class Observer:
         if flags == self._flags:
             return None
         self._flags = flags
+        self._quiet = 0
+        self._watch_forward()
         training, free = flags
         return Modes(
             tuple(name for name, on in zip(self._names, training, strict=True) if on),
@@ -125,6 +151,20 @@ class Observer:
     def buffers(self) -> Tensors | None:
         """The buffers before a forward pass that belongs to no logged step, if there was one."""
         return self._buffers
+
+    def _watch_forward(self) -> None:
+        # A plain function: a copy of the model made meanwhile keeps it, and must not report here.
+        def before_forward(module: nn.Module, *_: Any) -> None:
+            if module is self.model and torch.is_grad_enabled():
+                self._before_forward()
+
+        if self._forward_hook is None:
+            self._forward_hook = self.model.register_forward_pre_hook(before_forward)
+
+    def _leave_forward(self) -> None:
+        if self._forward_hook is not None:
+            self._forward_hook.remove()
+            self._forward_hook = None
 
     def _before_forward(self) -> None:
         if torch.is_autocast_enabled(self.device.type):
@@ -142,7 +182,8 @@ class Observer:
                 f"a second optimizer.step() at step {self.step} without recorder.step(indices) "
                 "after the first: training went past the recorder, and cannot be explained"
             )
-        norm = gradient_norm([p.grad for p in self.parameters if p.grad is not None])
+        gradients = [p.grad for p in self.parameters]
+        norm = gradient_norm([g for g in gradients if g is not None])
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the gradient at step {self.step} is not finite ({norm}); the parameters were "
@@ -166,8 +207,3 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
     if dense[0].device.type == "cpu":  # reading a number costs less here than another operation
         return math.hypot(*[norm.item() for norm in torch._foreach_norm(dense)])
     return float(torch.nn.utils.get_total_norm(dense))
-
-
-def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    groups = optimizer.param_groups
-    return [{k: v for k, v in group.items() if k not in RATES} for group in groups]

@@ -219,6 +219,7 @@ class Recorder:
                 f"to its last state. Lower the learning rate, or check the initial weights"
             )
         writer.put_state(observer.step, encode(state), kept=kept)
+        observer.saved()
 
     def _thin(self) -> None:
         """Double the stride until the states fit the budget, or only first and last are left."""
@@ -255,18 +256,15 @@ class Recorder:
 
 def _checked(indices: Sequence[int] | np.ndarray | Tensor, count: int) -> np.ndarray:
     """The indices as an own int64 array of at least one element, each in [0, count)."""
-    if isinstance(indices, Tensor):
-        indices = indices.cpu().numpy()
-    batch = np.array(indices)  # a copy: loops reuse theirs
+    values = indices.tolist() if isinstance(indices, (Tensor, np.ndarray)) else list(indices)
+    batch = np.array(values)
     if batch.ndim != 1 or batch.size == 0 or batch.dtype.kind not in "iu":
+        raise ArgumentError(f"indices must be a list of dataset indices, got shape {batch.shape} of {batch.dtype}")
+    least, most = min(values), max(values)
+    if least < 0 or most >= count:
         raise ArgumentError(
-            f"indices must be a list of dataset indices, got shape {batch.shape} of {batch.dtype}"
-        )
-    batch = batch.astype(np.int64, copy=False)
-    if batch.view(np.uint64).max() >= count:  # negative numbers are the largest of these
-        raise ArgumentError(
-            f"indices run from {batch.min()} to {batch.max()}, but the dataset has examples 0 to "
-            f"{count - 1}; give dataset indices, not positions in a loader's order"
+            f"indices run from {least} to {most}, but the dataset has examples 0 to {count - 1}; "
+            "give dataset indices, not positions in a loader's order"
         )
     return batch
 

@@ -117,6 +117,7 @@ class Replayer:
         if watch is not None:
             watch.collect(at_edges)
         factor = record.sign * record.clip
+        self.optimizer.zero_grad(set_to_none=True)  # also of parameters frozen since the last step
         assign(trained, found if factor == 1 else [g if g is None else g * factor for g in found])
         set_rates(self.optimizer, record.rates)
         self.optimizer.step()
@@ -200,8 +201,7 @@ def _private(model: nn.Module) -> nn.Module:
         private = copy.deepcopy(model)
     except RuntimeError as error:
         raise ModelError(
-            f"the model cannot be copied ({error}); build it afresh instead of passing one that "
-            "has just been called"
+            f"the model cannot be copied ({error}); build it afresh instead of passing one that has just been called"
         ) from error
     private.zero_grad(set_to_none=True)
     return private

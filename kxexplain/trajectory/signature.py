@@ -102,9 +102,7 @@ def group_options(group: Mapping[str, Any]) -> dict[str, Any]:
     try:
         text = json.dumps(options, default=_plain)
     except TypeError as error:
-        raise ArgumentError(
-            f"optimizer option cannot be recorded: {error}; use numbers, strings or tuples"
-        ) from error
+        raise ArgumentError(f"optimizer option cannot be recorded: {error}; use numbers, strings or tuples") from error
     loaded: dict[str, Any] = json.loads(text)
     return loaded
 
@@ -130,8 +128,7 @@ def _plain(value: Any) -> Any:
 
 def _describe(tensors: Iterable[tuple[str, Tensor]]) -> tuple[TensorRecord, ...]:
     return tuple(
-        TensorRecord(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.requires_grad)
-        for name, t in tensors
+        TensorRecord(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), t.requires_grad) for name, t in tensors
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +67,8 @@ def capture_state(
 def finite(state: State) -> bool:
     """Whether every parameter and optimiser value is finite."""
     tensors = [*state.parameters.values(), *(v for _, _, v in _optimizer_tensors(state))]
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
+    largest = torch._foreach_norm([t for t in tensors if t.is_floating_point() and t.numel()], math.inf)
+    return all(math.isfinite(value.item()) for value in largest)
 
 
 def encode(state: State) -> bytes:

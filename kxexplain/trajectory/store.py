@@ -35,7 +35,17 @@ CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT);
 """
 """``rng``: generator states where a step did not go on from the one before it. ``modes``: names of
 modules in training mode and of frozen parameters, from a step on. ``facts``: checksums of the
-manifest ("manifest:<sha256>"), and the stride of a byte budget."""
+manifest ("manifest:<sha256>") and of the rows of ``steps`` ("steps"), and the stride of a byte
+budget ("stride")."""
+
+
+SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?,?)"
+STEPS_DIGEST = "steps"
+
+
+def row_bytes(row: tuple[Any, ...]) -> bytes:
+    """A row of the table ``steps`` as the bytes that its checksum is of."""
+    return repr(row).encode()
 
 
 def state_file(step: int) -> str:
@@ -109,9 +119,10 @@ class Writer:
         self.path = path
         self.states: dict[int, StateRecord] = {}
         self.kept: set[int] = set()
-        self._rows: list[tuple[Any, ...]] = []
+        self._steps: list[StepRecord] = []
         self._side: list[tuple[str, tuple[Any, ...]]] = []
         self._flushed = time.monotonic()
+        self._digest = hashlib.sha256()
         with storage(path / LOG):
             self._log = sqlite3.connect(path / LOG, isolation_level=None, timeout=30)
             self._log.execute("PRAGMA journal_mode=WAL")
@@ -135,6 +146,9 @@ class Writer:
             for table in ("steps", "rng", "modes"):
                 writer._log.execute(f"DELETE FROM {table} WHERE step >= ?", (last,))
             rows = writer._log.execute("SELECT step FROM states WHERE kept").fetchall()
+            for row in writer._log.execute("SELECT * FROM steps ORDER BY step"):
+                writer._digest.update(row_bytes(row))
+            writer._log.execute(SET_FACT, (STEPS_DIGEST, writer._digest.hexdigest()))
         writer.states = {state.step: state for state in states}
         writer.kept = {int(step) for (step,) in rows}
         known = {state.file for state in states}
@@ -156,40 +170,38 @@ class Writer:
         modes: tuple[Sequence[str], Sequence[str]] | None = None,
     ) -> None:
         """Log a step; ``rng`` and ``modes`` (training, frozen) where they differ from before."""
-        loss = None if np.isnan(record.loss) else record.loss
-        self._rows.append(
-            (record.step, record.epoch, np.asarray(record.rates, "<f8").tobytes(),
-             record.indices.astype("<i8", copy=False).tobytes(), loss, record.gradient_norm,
-             record.sign, record.clip)
-        )  # fmt: skip
+        self._steps.append(record)
         for device, state in (rng or {}).items():
             self._side.append(("INSERT INTO rng VALUES (?,?,?)", (record.step, device, state)))
         if modes is not None:
             row = (record.step, json.dumps(list(modes[0])), json.dumps(list(modes[1])))
             self._side.append(("INSERT INTO modes VALUES (?,?,?)", row))
         due = time.monotonic() - self._flushed > FLUSH_SECONDS
-        if due or len(self._rows) >= FLUSH_ROWS:
+        if due or len(self._steps) >= FLUSH_ROWS:
             self.flush()
 
     def flush(self) -> None:
         """Write the rows gathered so far, in one transaction."""
         self._flushed = time.monotonic()
-        if not self._rows and not self._side:
+        if not self._steps and not self._side:
             return
         with storage(self.path / LOG), self._transaction():
-            self._log.executemany("INSERT INTO steps VALUES (?,?,?,?,?,?,?,?)", self._rows)
+            rows = [_row(step) for step in self._steps]
+            for row in rows:
+                self._digest.update(row_bytes(row))
+            self._log.executemany("INSERT INTO steps VALUES (?,?,?,?,?,?,?,?)", rows)
+            self._log.execute(SET_FACT, (STEPS_DIGEST, self._digest.hexdigest()))
             for statement, values in self._side:
                 self._log.execute(statement, values)
-        self._rows, self._side = [], []
+        self._steps, self._side = [], []
 
     def put_state(self, step: int, data: bytes, *, kept: bool) -> StateRecord:
         """Write a state. One that is not ``kept`` is dropped as soon as a later one is written."""
-        self.flush()
         record = StateRecord(step, state_file(step), hashlib.sha256(data).hexdigest(), len(data))
         write_atomically(self.path / STATES / record.file, data)
-        with storage(self.path / LOG):
-            row = (step, record.sha256, record.bytes, int(kept))
-            self._log.execute("INSERT OR REPLACE INTO states VALUES (?,?,?,?)", row)
+        row = (step, record.sha256, record.bytes, int(kept))
+        self._side.append(("INSERT OR REPLACE INTO states VALUES (?,?,?,?)", row))
+        self.flush()
         self.states[step] = record
         (self.kept.add if kept else self.kept.discard)(step)
         for other in [s for s in self.states if s not in self.kept and s < step]:
@@ -214,7 +226,7 @@ class Writer:
     def set_fact(self, key: str, value: str) -> None:
         """Store one of the named values of the table ``facts``."""
         with storage(self.path / LOG):
-            self._log.execute("INSERT OR REPLACE INTO facts VALUES (?,?)", (key, value))
+            self._log.execute(SET_FACT, (key, value))
 
     def close(self) -> None:
         """Flush and close; without other readers the log becomes one plain file."""
@@ -235,6 +247,20 @@ class Writer:
             self._log.execute("ROLLBACK")
             raise
         self._log.execute("COMMIT")
+
+
+def _row(step: StepRecord) -> tuple[Any, ...]:
+    """A step as the columns of its table."""
+    return (
+        step.step,
+        step.epoch,
+        np.array(step.rates, "<f8").tobytes(),
+        step.indices.astype("<i8", copy=False).tobytes(),
+        None if np.isnan(step.loss) else step.loss,
+        step.gradient_norm,
+        step.sign,
+        step.clip,
+    )
 
 
 def _manifest_key(manifest: bytes) -> str:

@@ -1,0 +1,97 @@
+"""What all commands share: options, printing for people or for machines, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from kxexplain.errors import KxError
+
+Run = Annotated[Path, typer.Argument(help="Folder of a recorded training.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder to write files to.", show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="package.module:function giving the model; by default the recorded one."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="A data set's name or package.module:function; by default the recorded one."),
+]
+Queries = Annotated[str, typer.Option("--queries", help="Test examples, such as 0,5,9 or 0-4.", metavar="NUMBERS")]
+Target = Annotated[str, typer.Option("--target", help="An output's number, predicted, label, margin, loss or all.")]
+
+
+class Commands(TyperGroup):
+    """A group of commands whose expected errors become one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except (KxError, OSError) as error:
+            typer.echo("kxexplain: " + " ".join(str(error).split()), err=True)
+            raise typer.Exit(1) from error
+
+
+def emit(as_json: bool, values: Mapping[str, Any], *shown: Any) -> None:
+    """Print the values as JSON, or else what is to be shown to people."""
+    if as_json:
+        typer.echo(json.dumps(plain(values), allow_nan=False))
+    else:
+        console = Console()
+        for item in shown:
+            console.print(item, highlight=False)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: tensors as lists, numbers that are not finite as null.
+
+    >>> plain({"a": torch.tensor([1.0, float("nan")]), "b": Path("runs")})
+    {'a': [1.0, None], 'b': 'runs'}
+    """
+    if isinstance(value, torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def numbers(text: str, count: int) -> list[int]:
+    """The numbers that ``0,5,9`` or ``0-4`` stands for, each below ``count``.
+
+    >>> numbers("7,0-2", 10)
+    [7, 0, 1, 2]
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise typer.BadParameter(f"{text!r}: expected numbers such as 0,5,9 or 0-4", param_hint="--queries")
+        found.extend(range(int(first), int(last if dash else first) + 1))
+    if not found or max(found) >= count:
+        raise typer.BadParameter(f"{text!r}: there are examples 0 to {count - 1}", param_hint="--queries")
+    return found
+
+
+def target_of(text: str) -> int | str:
+    """A target as the library takes it: an output's number, or a name."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def folder(path: Path) -> Path:
+    """The folder, made if it is not there."""
+    path.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from kxexplain.errors import ArgumentError, DatasetError, ModelError, TrainingError, TrajectoryError
+from kxexplain.learning.interrupts import interrupts
+from kxexplain.learning.trainer import train
+from kxexplain.trajectory import Replayer, Trajectory, record
+from tests.trajectory.runs import CASES, Case, assert_same, build, examples, named, parameters_of, plain_loop, sgd
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(out, case, data=None, dtype=torch.float32, **options):
+    """``train`` on a case; and the model."""
+    model, optimizer, scheduler = build(case, dtype)
+    settings = {"epochs": 3, "batch_size": 4, "seed": 3, **options}
+    data = examples(dtype=dtype, loss=case.loss) if data is None else data
+    return train(model, data, case.loss, optimizer, scheduler=scheduler, out=out, **settings), model
+
+
+def assert_same_runs(got, expected, *, states=True):
+    """The same steps and states, to the last bit."""
+    assert list(got.steps) == list(expected.steps)
+    if states:
+        assert [state.step for state in got.states] == [state.step for state in expected.states]
+    for record_ in expected.states[-1:] if not states else expected.states:
+        one, two = got.state(record_.step), expected.state(record_.step)
+        assert_same(parameters_of(one), parameters_of(two))
+        assert_same(one.rng, two.rng)
+        assert one.rates == two.rates
+        assert one.extra == two.extra
+        assert one.optimizer.keys() == two.optimizer.keys()
+        for name, values in two.optimizer.items():
+            for key, value in values.items():
+                assert torch.equal(one.optimizer[name][key], value) if torch.is_tensor(value) else value is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_train_is_a_hand_written_loop(tmp_path, case, dtype):
+    data = examples(dtype=dtype, loss=case.loss)
+    model, optimizer, scheduler = build(case, dtype)
+    plain_loop(model, optimizer, scheduler, data, loss=case.loss)
+    trajectory, trained = run(tmp_path / "one", case, dtype=dtype)
+    assert_same(named(trained), named(model))
+    assert len(trajectory) == 18
+    assert [state.step for state in trajectory.states] == [0, 6, 12, 18]
+    with Replayer(trajectory, trained, data) as replayer:
+        replayer.seek(0)
+        while replayer.position < len(trajectory):
+            replayer.advance()
+    assert replayer.drift == 0.0
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_ones_own_loop_writes_the_same(tmp_path, case):
+    trajectory, _ = run(tmp_path / "one", case)
+    data = examples(loss=case.loss)
+    model, optimizer, scheduler = build(case)
+    torch.manual_seed(3)
+    with record(model, optimizer, case.loss, data, out=tmp_path / "two") as recorder:
+        plain_loop(model, optimizer, scheduler, data, loss=case.loss, after=lambda i, loss, e: recorder.step(i, loss))
+    own = recorder.trajectory
+    assert list(own.steps) == list(trajectory.steps)
+    for state in trajectory.states:
+        assert_same(parameters_of(own.state(state.step)), parameters_of(trajectory.state(state.step)))
+
+
+def test_callers_surroundings_are_restored(tmp_path):
+    model = CASES["dropout"].model()
+    model.eval()
+    model[1].train()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    handler = signal.getsignal(signal.SIGINT)
+    trajectory = train(model, examples(), epochs=1, out=tmp_path)
+    assert trajectory.manifest.optimizer.name == "SGD"
+    assert trajectory.steps[0].rates == (0.1,)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_second_run_inherits_nothing(tmp_path):
+    one, _ = run(tmp_path / "one", CASES["adamw, dropout"])
+    run(tmp_path / "other", CASES["batch norm"], seed=9)
+    torch.rand(5)
+    two, _ = run(tmp_path / "two", CASES["adamw, dropout"])
+    assert_same_runs(two, one)
+
+
+def test_optimizer_made_by_a_function(tmp_path):
+    model = CASES["mlp"].model()
+    trajectory = train(
+        model, examples(), "hinge", lambda p: torch.optim.Adam(p, lr=0.02), epochs=1, out=tmp_path, keep=2
+    )
+    assert trajectory.manifest.optimizer.name == "Adam"
+    assert trajectory.loss_name == "hinge"
+    with pytest.raises(ArgumentError, match="returned a list"):
+        train(model, examples(), optimizer=list, epochs=1, out=tmp_path / "two")
+
+
+def test_own_loss(tmp_path):
+    def own(outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, reduction="none") + outputs.square().sum(1)
+
+    trajectory = train(CASES["mlp"].model(), examples(), own, epochs=2, out=tmp_path)
+    assert trajectory.loss is own
+    finished = train(CASES["mlp"].model(), examples(), own, epochs=2, out=tmp_path, resume=True)
+    assert len(finished) == 2
+
+
+class Interrupting(TensorDataset):
+    """Interrupts when it serves its ``n``-th example from now on."""
+
+    left = -1
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left == 0:
+            self.interrupt()
+        return super().__getitem__(index)
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+
+class Signalling(Interrupting):
+    def interrupt(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted(out, case, data, after, **options):
+    """Begin a run and interrupt it while it fetches its ``after``-th example in training."""
+    data.left = -1
+    model, optimizer, scheduler = build(case)
+    settings = {"epochs": 3, "batch_size": 4, "seed": 3, **options}
+    probe = type(data)(*data.tensors)
+    Probe.count(probe, lambda: train_probe(probe))
+    data.left = Probe.served + after
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data, case.loss, optimizer, scheduler=scheduler, out=out, **settings)
+    data.left = -1
+    return model, optimizer, scheduler
+
+
+class Probe:
+    """How many examples the checks before training fetch."""
+
+    served = 0
+
+    @classmethod
+    def count(cls, data, work):
+        data.left = 0
+        work()
+        cls.served = -data.left
+
+
+def train_probe(data):
+    from kxexplain.trajectory import fingerprint
+
+    fingerprint(data)
+
+
+@pytest.mark.parametrize("kind", [Interrupting, Signalling])
+@pytest.mark.parametrize("after", [1, 9, 22, 23, 31, 44, 50, 66])
+@pytest.mark.parametrize("name", ["adamw, dropout", "plateau", "steps"])
+def test_interrupted_then_resumed_is_uninterrupted(tmp_path, kind, after, name):
+    case = CASES[name]
+    whole, model = run(tmp_path / "whole", case)
+    data = kind(*examples(loss=case.loss).tensors)
+    interrupted(tmp_path / "parts", case, data, after)
+    part = Trajectory.open(tmp_path / "parts")
+    part.check_files()
+    assert part.tail == 0
+    done = (after - 1) // 22 * 6 + ((after - 1) % 22) // 4
+    assert len(part) == done + (kind is Signalling)
+    resumed, other = run(tmp_path / "parts", case, data, resume=True)
+    assert_same(named(other), named(model))
+    assert_same_runs(resumed, whole)
+
+
+def test_resuming_with_the_very_same_objects(tmp_path):
+    """In a notebook the model, optimiser and scheduler of the interrupted call are at hand."""
+    case = CASES["steps"]
+    whole, _ = run(tmp_path / "whole", case)
+    data = Interrupting(*examples().tensors)
+    model, optimizer, scheduler = interrupted(tmp_path / "parts", case, data, 31)
+    options = {"epochs": 3, "batch_size": 4, "seed": 3, "out": tmp_path / "parts", "resume": True}
+    resumed = train(model, data, case.loss, optimizer, scheduler=scheduler, **options)
+    assert_same_runs(resumed, whole)
+
+
+@pytest.mark.parametrize("keep", ["step", 5, "epoch", "9KB"])
+def test_interrupted_many_times(tmp_path, keep):
+    case = CASES["lambda"]
+    whole, _ = run(tmp_path / "whole", case, keep=keep)
+    data = Interrupting(*examples().tensors)
+    for after in (5, 13, 30, 2):
+        interrupted(tmp_path / "parts", case, data, after, keep=keep, resume=True)
+    resumed, _ = run(tmp_path / "parts", case, data, keep=keep, resume=True)
+    assert_same_runs(resumed, whole, states=keep != "9KB")
+
+
+def test_resume_starts_continues_and_returns(tmp_path):
+    whole, _ = run(tmp_path / "whole", CASES["batch norm"], epochs=5)
+    first, _ = run(tmp_path / "run", CASES["batch norm"], resume=True)
+    before = (tmp_path / "run" / "steps.sqlite").stat().st_mtime_ns
+    finished, model = run(tmp_path / "run", CASES["batch norm"], resume=True)
+    assert_same_runs(finished, first)
+    assert_same(named(model), parameters_of(first.state(18)))
+    assert (tmp_path / "run" / "steps.sqlite").stat().st_mtime_ns == before
+    longer, _ = run(tmp_path / "run", CASES["batch norm"], epochs=5, resume=True)
+    assert_same_runs(longer, whole)
+    assert Trajectory.open(tmp_path / "run").manifest.settings["epochs"] == 5
+    with pytest.raises(ArgumentError, match="already has 5"):
+        run(tmp_path / "run", CASES["batch norm"], resume=True)
+
+
+CHANGES = {
+    "batch_size": {"batch_size": 5},
+    "seed": {"seed": 4},
+    "keep": {"keep": "step"},
+    "loss": {"case": Case(loss="hinge")},
+    "optimizer": {"case": Case(optimizer=lambda p: torch.optim.Adam(p))},
+    "optimizer option lr": {"case": Case(optimizer=sgd(lr=0.2))},
+    "optimizer option momentum": {"case": Case(optimizer=sgd(momentum=0.1))},
+    "frozen parameters": {"case": CASES["frozen"]},
+    "scheduler": {"case": CASES["steps"]},
+    "dataset": {"data": examples(21)},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_resuming_with_other_settings(tmp_path, name):
+    run(tmp_path, CASES["mlp"], epochs=1)
+    options = dict(CHANGES[name])
+    case = options.pop("case", CASES["mlp"])
+    if name == "scheduler":
+        case = Case(scheduler=case.scheduler)
+    with pytest.raises(ArgumentError, match=f"another {name}"):
+        run(tmp_path, case, resume=True, **options)
+    assert len(Trajectory.open(tmp_path)) == 6
+
+
+def test_resuming_with_another_model(tmp_path):
+    run(tmp_path, CASES["mlp"])
+    with pytest.raises(ModelError, match=r"'2\.weight' is missing"):
+        run(tmp_path, CASES["batch norm"], resume=True)
+
+
+def test_a_loss_that_is_not_finite(tmp_path):
+    data = examples()
+    data.tensors[0][7] = float("nan")
+    with pytest.raises(TrainingError, match=r"loss at step \d+ is nan"):
+        run(tmp_path, CASES["batch norm"], data)
+    trajectory = Trajectory.open(tmp_path)
+    assert trajectory.tail == 0
+    assert all(7 not in step.indices for step in trajectory.steps)
+    trajectory.check_files()
+    model = CASES["batch norm"].model()
+    with Replayer(trajectory, model, data) as replayer:
+        replayer.seek(0)
+        while replayer.position < len(trajectory):
+            replayer.advance()
+    assert replayer.drift == 0.0
+
+
+class Counts(torch.optim.lr_scheduler.LRScheduler):
+    """A scheduler whose state is not made of numbers."""
+
+    def __init__(self, optimizer):
+        self.odd = {1, 2}
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+def build_with(**options):
+    model, optimizer, _ = build(CASES["mlp"])
+    values = {"model": model, "dataset": examples(), "optimizer": optimizer, "epochs": 1, **options}
+    if callable(values.get("scheduler")):
+        values["scheduler"] = values["scheduler"](optimizer)
+    return values
+
+
+WRONG = {
+    "epochs": (lambda: {"epochs": 0}, ArgumentError, "epochs must be an integer >= 1"),
+    "batch": (lambda: {"batch_size": -2}, ArgumentError, "batch_size must be"),
+    "seed": (lambda: {"seed": -1}, ArgumentError, "seed must be"),
+    "both": (lambda: {"resume": True, "overwrite": True}, ArgumentError, "exclude each other"),
+    "loss": (lambda: {"loss": "l1"}, ArgumentError, "unknown loss"),
+    "keep": (lambda: {"keep": "often"}, ArgumentError, "unknown keep"),
+    "budget": (lambda: {"keep": "100B"}, ArgumentError, "too few"),
+    "empty": (lambda: {"dataset": TensorDataset(torch.zeros(0, 6), torch.zeros(0))}, DatasetError, "empty"),
+    "frozen": (lambda: {"model": CASES["mlp"].model().requires_grad_(False)}, ModelError, "no trainable"),
+    "other model": (lambda: {"model": CASES["mlp"].model()}, ArgumentError, "not the model's"),
+    "scheduler": (lambda: {"scheduler": Counts}, ArgumentError, "cannot be recorded"),
+    "scheduler of another": (
+        lambda: {"scheduler": lambda _: CASES["steps"].scheduler(sgd()(CASES["mlp"].model().parameters()))},
+        ArgumentError,
+        "another optimizer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "words"), WRONG.values(), ids=WRONG.keys())
+def test_errors_come_before_work(tmp_path, options, error, words):
+    values = build_with(**options())
+    before = named(values["model"])
+    with pytest.raises(error, match=words):
+        train(**values, out=tmp_path)
+    assert not any(tmp_path.iterdir())
+    assert_same(named(values["model"]), before)
+
+
+def test_an_occupied_folder(tmp_path):
+    run(tmp_path, CASES["mlp"])
+    with pytest.raises(TrajectoryError, match="overwrite=True"):
+        run(tmp_path, CASES["mlp"])
+    again, _ = run(tmp_path, CASES["mlp"], overwrite=True, epochs=1)
+    assert len(again) == 6
+
+
+def test_in_a_thread(tmp_path):
+    """Signals belong to the main thread; training elsewhere leaves them alone."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run(tmp_path, CASES["mlp"])[0]))
+    thread.start()
+    thread.join()
+    assert len(found[0]) == 18
+
+
+def test_a_second_interrupt_is_immediate():
+    reached = []
+
+    def press_twice():
+        with interrupts() as pressed:
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append(pressed.is_set())
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("beyond")
+
+    with pytest.raises(KeyboardInterrupt):
+        press_twice()
+    assert reached == [True]
+
+
+SCRIPT = """
+import sys, torch
+from kxexplain.learning.trainer import train
+from tests.trajectory.runs import CASES, build, examples
+torch.set_num_threads(1)
+model, optimizer, scheduler = build(CASES["steps"])
+print("begun", flush=True)
+train(model, examples(), "cross_entropy", optimizer, scheduler=scheduler, epochs=int(sys.argv[2]), batch_size=4,
+      seed=3, out=sys.argv[1], resume=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_processes_stopped_at_random(tmp_path, number):
+    """Stopped twice, at some moment, by a signal; a third process finishes the run."""
+    out, epochs = tmp_path / "run", 150
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+
+    def begin():
+        command = [sys.executable, "-c", SCRIPT, str(out), str(epochs)]
+        child = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert child.stdout.readline() == b"begun\n"
+        child.stdout.close()
+        return child
+
+    for _ in range(2):
+        child = begin()
+        time.sleep(0.3)
+        child.send_signal(number)
+        assert child.wait(60) != 0
+    Trajectory.open(out).check_files()
+    assert 0 < len(Trajectory.open(out)) < 6 * epochs
+    assert begin().wait(100) == 0
+    torch.set_num_threads(1)
+    whole, _ = run(tmp_path / "whole", CASES["steps"], epochs=epochs)
+    assert_same_runs(Trajectory.open(out), whole)

@@ -1,0 +1,383 @@
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from kxexplain.errors import ArgumentError, DatasetError, ModelError, TrainingError, TrajectoryError
+from kxexplain.trajectory import Trajectory, record
+from tests.trajectory.runs import CASES, Case, assert_same, build, examples, mlp, named, parameters_of, plain_loop, sgd
+
+DATA = examples()
+STEPS = 18  # three epochs of 22 examples in batches of 4
+
+
+def run(out, case=CASES["mlp"], **options):
+    """A hand-written loop, recorded; and the states it went through."""
+    model, optimizer, scheduler = build(case)
+    told = options.pop("told", False)
+    passed = [named(model)]
+    with record(model, optimizer, case.loss, DATA, out=out, **options) as recorder:
+
+        def after(indices, loss, epoch):
+            recorder.step(indices, loss, epoch=epoch if told else None)
+            passed.append(named(model))
+
+        plain_loop(model, optimizer, scheduler, DATA, loss=case.loss, after=after)
+    return recorder.trajectory, passed
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_round_trip(tmp_path, told):
+    trajectory, passed = run(tmp_path / "run", keep="step", told=told, seed=3)
+    again = Trajectory.open(tmp_path / "run")
+    for opened in (trajectory, again):
+        assert len(opened) == len(opened.steps) == STEPS
+        assert [state.step for state in opened.states] == list(range(STEPS + 1))
+        assert opened.tail == 0
+        assert opened.manifest.seed == 3
+        for step in range(STEPS + 1):
+            assert_same(parameters_of(opened.state(step)), passed[step])
+    assert [step.epoch for step in again.steps] == [0] * 6 + [1] * 6 + [2] * 6
+    assert again.steps[-1] == again.steps[STEPS - 1] == again.steps[STEPS - 2 :][1]
+    assert sorted(i for step in again.steps[:6] for i in step.indices.tolist()) == list(range(22))
+    assert "18 steps" in repr(again)
+    again.check_files()
+    again.check_dataset(DATA)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_recording_changes_nothing(tmp_path, case):
+    data = examples(loss=case.loss)
+    model, optimizer, scheduler = build(case)
+    plain_loop(model, optimizer, scheduler, data, loss=case.loss)
+    other, optimizer, scheduler = build(case)
+    with record(other, optimizer, case.loss, data, out=tmp_path) as recorder:
+        plain_loop(other, optimizer, scheduler, data, loss=case.loss, after=lambda i, loss, e: recorder.step(i, loss))
+    assert_same(named(other), named(model))
+    assert not other._forward_pre_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_steps_say_what_happened(tmp_path):
+    model, optimizer, _ = build(Case(optimizer=sgd(lr=0.5)))
+    inputs, targets = DATA[[4, 2, 20]]
+    with record(model, optimizer, "cross_entropy", DATA, out=tmp_path) as recorder:
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        norm = torch.cat([p.grad.reshape(-1) for p in model.parameters()]).norm().item()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.25  # what a scheduler does
+        recorder.step([4, 2, 20], loss)
+    step = recorder.trajectory.steps[0]
+    assert (step.rates, step.indices.tolist(), step.sign, step.clip) == ((0.5,), [4, 2, 20], 1, 1.0)
+    assert step.loss == loss.item()
+    assert step.gradient_norm == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        ("step", list(range(19))),
+        ("epoch", [0, 6, 12, 18]),
+        (4, [0, 4, 8, 12, 16, 18]),
+        (9, [0, 9, 18]),
+        (100, [0, 18]),
+        ("1GB", list(range(19))),
+    ],
+)
+def test_states_kept(tmp_path, keep, expected):
+    trajectory, passed = run(tmp_path, keep=keep)
+    assert [state.step for state in trajectory.states] == expected
+    assert sorted(os.listdir(tmp_path / "states")) == [state.file for state in trajectory.states]
+    for step in expected:
+        assert_same(parameters_of(trajectory.state(step)), passed[step])
+
+
+@pytest.mark.parametrize("states", [2, 3, 4, 7, 12])
+def test_budget_doubles_the_stride(tmp_path, states):
+    size = run(tmp_path / "all", keep="step")[0].states[0].bytes
+    trajectory, _ = run(tmp_path / "thin", keep=f"{states * size + size // 2}B")
+    steps = [state.step for state in trajectory.states]
+    strides = {b - a for a, b in itertools.pairwise(steps[:-1])}
+    assert steps[0] == 0
+    assert steps[-1] == STEPS
+    assert len(strides) <= 1
+    assert all(stride & (stride - 1) == 0 for stride in strides)
+    assert len(steps) <= states + 1  # the last one may lie off the grid
+    assert len(steps) >= min(states // 2, STEPS)
+    trajectory.check_files()
+
+
+def test_epochs_that_the_loop_cuts_short(tmp_path):
+    """Told epochs of two steps: the state is kept with the first step of the next."""
+    model, optimizer, _ = build(CASES["mlp"])
+    with record(model, optimizer, "cross_entropy", DATA, out=tmp_path) as recorder:
+        for epoch in range(3):
+            for indices in ([0, 1], [2, 3]):
+                model(DATA[indices][0]).sum().backward()
+                optimizer.step()
+                recorder.step(indices, epoch=epoch)
+    assert [state.step for state in recorder.trajectory.states] == [0, 3, 5, 6]
+    assert [step.epoch for step in recorder.trajectory.steps] == [0, 0, 1, 1, 2, 2]
+
+
+def one_step(model, optimizer, indices=(0, 1)):
+    optimizer.zero_grad()
+    loss = nn.functional.cross_entropy(model(DATA[list(indices)][0]), DATA[list(indices)][1])
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def recording(recorder, *acts):
+    """Do the acts, one after the other, inside the recorder's block."""
+    with recorder:
+        for act in acts:
+            act()
+
+
+class TestStepsPastTheRecorder:
+    def begin(self, tmp_path, optimizer=None):
+        self.model, own, _ = build(CASES["mlp"])
+        self.optimizer = optimizer(self.model) if optimizer else own
+        self.recorder = record(self.model, self.optimizer, "cross_entropy", DATA, out=tmp_path, keep=100)
+        return self.recorder
+
+    def train(self):
+        one_step(self.model, self.optimizer)
+
+    def log(self):
+        self.recorder.step([0, 1])
+
+    def test_two_optimizer_steps(self, tmp_path):
+        with pytest.raises(TrainingError, match="second optimizer"):
+            recording(self.begin(tmp_path), self.train, self.log, self.train, self.train)
+        trajectory = Trajectory.open(tmp_path)
+        assert (len(trajectory), trajectory.tail) == (0, 1)
+
+    def test_no_optimizer_step(self, tmp_path):
+        with pytest.raises(TrainingError, match=r"without an optimizer\.step"):
+            recording(self.begin(tmp_path), self.train, self.log, self.log)
+        assert len(Trajectory.open(tmp_path)) == 1
+
+    def test_another_optimizer(self, tmp_path):
+        def train():
+            one_step(self.model, torch.optim.SGD(self.model.parameters()))
+
+        with pytest.raises(TrainingError, match=r"without an optimizer\.step"):
+            recording(self.begin(tmp_path), train, self.log)
+
+    def test_last_step_not_logged(self, tmp_path):
+        with pytest.raises(TrainingError, match="not followed"):
+            recording(self.begin(tmp_path), self.train, self.log, self.train)
+        trajectory = Trajectory.open(tmp_path)
+        assert (len(trajectory), trajectory.tail) == (0, 1)
+
+    @pytest.mark.parametrize("indices", [[], [22], [-1], [0.5], [[0]], ["a"], torch.tensor([0.0])], ids=str)
+    def test_indices_that_are_no_examples(self, tmp_path, indices):
+        with pytest.raises((ArgumentError, TypeError), match="indices"):
+            recording(self.begin(tmp_path), self.train, lambda: self.recorder.step(indices))
+        assert len(Trajectory.open(tmp_path)) == 0
+
+    def test_cycled_momentum(self, tmp_path):
+        recorder = self.begin(tmp_path, lambda model: sgd(momentum=0.9)(model.parameters()))
+
+        def cycle():
+            self.optimizer.param_groups[0]["momentum"] = 0.8
+
+        with pytest.raises(TrainingError, match=r"momentum changed from 0\.9 to 0\.8"):
+            recording(recorder, cycle, self.train, self.log)
+
+    def test_autocast(self, tmp_path):
+        with (
+            pytest.raises(TrainingError, match="autocast"),
+            self.begin(tmp_path),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            self.model(DATA[:2][0])
+
+    def test_outside_the_block(self, tmp_path):
+        recorder = self.begin(tmp_path)
+        with pytest.raises(TrainingError, match="inside its `with` block"):
+            recorder.step([0])
+        with pytest.raises(TrainingError, match="complete when"):
+            _ = recorder.trajectory
+        with recorder:
+            pass
+        assert len(recorder.trajectory) == 0
+        with pytest.raises(TrainingError, match="one run"):
+            recorder.__enter__()
+
+
+class TestNotFinite:
+    def run(self, tmp_path, spoil, steps=3):
+        """``steps`` good steps, then one that ``spoil`` has spoilt."""
+        model, optimizer, _ = build(CASES["batch norm"])
+        passed = []
+        with record(model, optimizer, "cross_entropy", DATA, out=tmp_path, keep=100) as recorder:
+            for number in range(steps + 1):
+                optimizer.zero_grad()
+                passed.append(named(model))
+                loss = nn.functional.cross_entropy(model(DATA[:5][0]), DATA[:5][1])
+                if number == steps:
+                    loss = spoil(loss, model)
+                loss.backward()
+                optimizer.step()
+                recorder.step(range(5), loss)
+        return passed
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_gradient(self, tmp_path, value):
+        with pytest.raises(TrainingError, match="gradient at step 3 is not finite"):
+            self.run(tmp_path, lambda loss, model: loss * value)
+        trajectory = Trajectory.open(tmp_path)
+        assert (len(trajectory), trajectory.tail) == (3, 0)
+        assert [state.step for state in trajectory.states] == [0, 3]
+        trajectory.check_files()
+
+    def test_state_before_the_bad_step_has_its_buffers(self, tmp_path):
+        """The spoilt forward pass has moved the running statistics; the state must not have them."""
+        model, optimizer, _ = build(CASES["batch norm"])
+        recorder = record(model, optimizer, "cross_entropy", DATA, out=tmp_path, keep=100)
+        good = {}
+
+        def fail():
+            good.update(named(model))
+            model(DATA[:9][0])
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            recording(recorder, lambda: one_step(model, optimizer), lambda: recorder.step([0, 1]), fail)
+        assert not torch.equal(named(model)["1.running_mean"], good["1.running_mean"])
+        assert_same(parameters_of(Trajectory.open(tmp_path).state(1)), good)
+
+    def test_loss_alone(self, tmp_path):
+        model, optimizer, _ = build(CASES["mlp"])
+        recorder = record(model, optimizer, "cross_entropy", DATA, out=tmp_path)
+        acts = [lambda: one_step(model, optimizer), lambda: recorder.step([0, 1])]
+        with pytest.raises(TrainingError, match="loss at step 1 is nan"):
+            recording(recorder, *acts, acts[0], lambda: recorder.step([0, 1], float("nan")))
+        trajectory = Trajectory.open(tmp_path)
+        assert (len(trajectory), trajectory.tail) == (0, 1)
+
+    def test_parameters(self, tmp_path):
+        model, optimizer, _ = build(Case(optimizer=sgd(lr=1e38)))
+        recorder = record(model, optimizer, "cross_entropy", DATA, out=tmp_path)
+
+        def leap():
+            (1000 * model(DATA[:9][0]).sum()).backward()
+            optimizer.step()
+
+        with pytest.raises(TrainingError, match="not finite after 1 steps"):
+            recording(recorder, leap, lambda: recorder.step([0, 1]))
+        assert len(Trajectory.open(tmp_path)) == 0
+
+    def test_initial_parameters(self, tmp_path):
+        model, optimizer, _ = build(CASES["mlp"])
+        model[0].bias.data.fill_(float("nan"))
+        with pytest.raises(TrainingError, match="initial weights"), record(model, optimizer, "mse", DATA, out=tmp_path):
+            pass
+        assert not optimizer._optimizer_step_pre_hooks
+
+
+class Own(torch.optim.SGD):
+    pass
+
+
+def nothing_trainable():
+    return mlp().requires_grad_(False)
+
+
+BAD = {
+    "nothing trainable": (nothing_trainable, ModelError, "no trainable"),
+    "lazy": (lambda: nn.LazyLinear(3), ModelError, "no shape yet"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "words"), BAD.values(), ids=BAD.keys())
+def test_models_that_cannot_be_recorded(tmp_path, make, error, words):
+    model = make()
+    with pytest.raises(error, match=words):
+        record(model, torch.optim.SGD(model.parameters()), "mse", DATA, out=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: torch.optim.LBFGS(p), "LBFGS cannot be replayed"),
+        (lambda p: Own(p), "Own cannot be replayed"),
+        (lambda p: torch.optim.SGD([*p, nn.Parameter(torch.zeros(7))]), r"shape \(7,\) that is not the model's"),
+        (lambda p: torch.optim.SGD([q for q in p if not q.requires_grad]), "no trainable"),
+    ],
+)
+def test_optimizers_that_cannot_be_recorded(tmp_path, make, words):
+    model, _, _ = build(CASES["frozen"])
+    with pytest.raises(ArgumentError, match=words):
+        record(model, make(list(model.parameters())), "mse", DATA, out=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"loss": "mean"}, ArgumentError, "unknown loss"),
+        ({"keep": "sometimes"}, ArgumentError, "unknown keep"),
+        ({"keep": "10B"}, ArgumentError, "too few"),
+        ({"dataset": TensorDataset(torch.zeros(0, 6), torch.zeros(0))}, DatasetError, "empty"),
+    ],
+)
+def test_other_arguments_that_are_wrong(tmp_path, options, error, words):
+    model, optimizer, _ = build(CASES["mlp"])
+    values = {"loss": "mse", "dataset": DATA, **options}
+    with pytest.raises(error, match=words):
+        record(model, optimizer, values.pop("loss"), values.pop("dataset"), out=tmp_path, **values)
+    assert not any(tmp_path.iterdir())
+
+
+class TestFolder:
+    def record(self, out, **options):
+        model, optimizer, _ = build(CASES["mlp"])
+        with record(model, optimizer, "cross_entropy", DATA, out=out, **options) as recorder:
+            one_step(model, optimizer)
+            recorder.step([0, 1])
+        return recorder.trajectory
+
+    def test_foreign_folders_are_left_alone(self, tmp_path):
+        (tmp_path / "thesis.txt").write_text("years")
+        for overwrite in (False, True):
+            with pytest.raises(TrajectoryError, match="no trajectory"):
+                self.record(tmp_path, overwrite=overwrite)
+        assert os.listdir(tmp_path) == ["thesis.txt"]
+
+    def test_overwrite_replaces_only_its_own(self, tmp_path):
+        self.record(tmp_path, keep="step")
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(TrajectoryError, match="overwrite=True"):
+            self.record(tmp_path)
+        trajectory = self.record(tmp_path, overwrite=True)
+        assert len(trajectory) == 1
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_a_file_in_the_way(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(TrajectoryError, match="is a file"):
+            self.record(tmp_path / "file")
+        with pytest.raises(TrajectoryError, match="file"):
+            self.record(tmp_path / "file" / "below")
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_unwritable(self, tmp_path):
+        tmp_path.chmod(0o500)
+        with pytest.raises(TrajectoryError, match="cannot be"):
+            self.record(tmp_path / "below")
+
+    def test_device_that_refuses_files(self):
+        with pytest.raises(TrajectoryError):
+            self.record("/proc/kxexplain")
