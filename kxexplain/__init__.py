@@ -29,12 +29,25 @@ from kxexplain.errors import (
     TrajectoryError,
 )
 from kxexplain.kernels import path_kernel, tangent_kernel
+from kxexplain.learning.comparison import Comparison
+from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import train
+from kxexplain.search import GradientIndex, Neighbors
 from kxexplain.trajectory import Recorder, Trajectory, record
 
 __version__ = "0.1.0"
-__all__ = [
-    "ArgumentError", "DatasetError", "Explanation", "IndexFileError", "KxError", "MissingExtraError", "ModelError",
-    "Ranking", "Recorder", "ReplayError", "TargetError", "Timeline", "TrainingError", "Trajectory", "TrajectoryError",
-    "datasets", "explain", "path_kernel", "record", "tangent_kernel", "train",
+__all__ = [  # noqa: RUF022 - grouped by what they are for
+    # record
+    "train", "record", "Recorder", "Trajectory",
+    # explain
+    "explain", "Explanation", "Ranking", "Timeline",
+    # kernels
+    "tangent_kernel", "path_kernel",
+    # search and compare
+    "GradientIndex", "Neighbors", "compare_svm", "Comparison",
+    # data
+    "datasets",
+    # errors
+    "KxError", "ArgumentError", "DatasetError", "IndexFileError", "MissingExtraError", "ModelError", "ReplayError",
+    "TargetError", "TrainingError", "TrajectoryError",
 ]  # fmt: skip

@@ -199,7 +199,7 @@ class Explanation:
         for name, justify in (("", "left"), ("amount", "right"), ("running total", "right")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         running = float(one.baseline[query])
-        table.add_row("baseline (initial model)", "", f"{running:+.6f}")
+        table.add_row("baseline (initial model)", "", f"{running:+.4f}")
         lines = [(f"example {i}{self._label(i)}", v) for i, v in up]
         lines.append((f"{one.contributions.shape[1] - len(up) - len(down)} other examples", rest))
         lines += [(f"example {i}{self._label(i)}", v) for i, v in reversed(down)]
@@ -211,22 +211,29 @@ class Explanation:
             running += amount
             table.add_row(
                 name,
-                f"{amount:+.6f}" if abs(amount) >= 5e-7 or amount == 0 else f"{amount:+.1e}",
-                f"{running:+.6f}",
+                f"{amount:+.4f}" if abs(amount) >= 5e-5 or amount == 0 else f"{amount:+.1e}",
+                f"{running:+.4f}",
             )
         table.add_section()
-        table.add_row("prediction", "", f"{float(one.prediction[query]):+.6f}")
+        table.add_row("prediction", "", f"{float(one.prediction[query]):+.4f}")
         return table
 
-    def __str__(self) -> str:
-        console = Console(width=78, file=open(os.devnull, "w"), record=True)  # noqa: SIM115 - closed with the console
-        with console.file:
-            shown = min(3, len(self))
-            for query in range(shown):
-                console.print(self.table(query))
-            if len(self) > shown:
-                console.print(f"… and {len(self) - shown} more queries: print(explanation.table(i))")
+    def bill(self, query: int = 0, k: int = 5) -> str:
+        """One query's bill as text: :meth:`table`, drawn.
+
+        Raises:
+            ArgumentError: there is no such query.
+        """
+        with open(os.devnull, "w") as nowhere:
+            console = Console(width=78, file=nowhere, record=True)
+            console.print(self.table(query, k))
             return console.export_text().rstrip()
+
+    def __str__(self) -> str:
+        shown = min(3, len(self))
+        bills = [self.bill(query) for query in range(shown)]
+        more = [f"… and {len(self) - shown} more queries: print(explanation.bill(i))"] if len(self) > shown else []
+        return "\n".join(bills + more)
 
     def __repr__(self) -> str:
         facts = ", ".join(f"{k}={v!r}" for k, v in self.facts.items() if k in ("target", "rule", "steps"))

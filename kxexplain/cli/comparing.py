@@ -26,11 +26,10 @@ def command(
 
     With --out, comparison.png is written there.
 
-    [bold]Examples[/bold]
+    **Examples**
 
-      kxexplain compare runs/digits --out why
-
-      kxexplain compare runs/digits --kernel tangent --C 10 --limit 500 --json
+        kxexplain compare runs/digits --out why
+        kxexplain compare runs/digits --kernel tangent --C 10 --limit 500 --json
     """
     opened = OpenRun.open(run, model, data)
     if kernel not in ("path", "tangent"):

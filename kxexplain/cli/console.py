@@ -33,10 +33,12 @@ Target = Annotated[str, typer.Option("--target", help="An output's number, predi
 class Commands(TyperGroup):
     """A group of commands whose expected errors become one line on stderr and exit code 1."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # `kxexplain … | head`: nobody reads on
+            raise
         except (KxError, OSError) as error:
             typer.echo("kxexplain: " + " ".join(str(error).split()), err=True)
             raise typer.Exit(1) from error

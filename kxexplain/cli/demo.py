@@ -46,9 +46,9 @@ def command(
     SVM on its own kernel. The recorded training stays in OUT/run for the other commands, the numbers in
     OUT/summary.json.
 
-    [bold]Example[/bold]
+    **Example**
 
-      kxexplain demo --out runs/demo && kxexplain verify runs/demo/run
+        kxexplain demo --out runs/demo && kxexplain verify runs/demo/run
     """
     _check_folder(out)
     console = Console(quiet=json, highlight=False)

@@ -32,13 +32,11 @@ def command(
     Queries are numbers of test examples (of the training examples, where the data has no test set). With --out, a
     picture for each query and explanation.safetensors, which kx.Explanation.load reads, are written there.
 
-    [bold]Examples[/bold]
+    **Examples**
 
-      kxexplain explain runs/digits --queries 0,5,9 --out why
-
-      kxexplain explain runs/digits --queries 0-20 --target margin --json > bills.json
-
-      kxexplain explain runs/mine --target label --model mine:model --data mine:data
+        kxexplain explain runs/digits --queries 0,5,9 --out why
+        kxexplain explain runs/digits --queries 0-20 --target margin --json > bills.json
+        kxexplain explain runs/mine --target label --model mine:model --data mine:data
     """
     opened = OpenRun.open(run, model, data)
     chosen = numbers(queries, len(opened.data.test))

@@ -17,9 +17,9 @@ def command(run: Run, json: Json = False) -> None:
 
     Only reads the folder: needs neither model nor data, and calls no code of the run's.
 
-    [bold]Example[/bold]
+    **Example**
 
-      kxexplain info runs/digits
+        kxexplain info runs/digits
     """
     facts = describe(Trajectory.open(run))
     table = Table(title=str(run), title_justify="left", show_header=False)

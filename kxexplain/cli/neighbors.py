@@ -31,11 +31,10 @@ def command(
 
     The first call builds an index of the training examples' updates; with --index it is kept for the next call.
 
-    [bold]Examples[/bold]
+    **Examples**
 
-      kxexplain neighbors runs/digits --queries 0,5,9
-
-      kxexplain neighbors runs/digits --queries 0-99 --index runs/digits-index --json > neighbours.json
+        kxexplain neighbors runs/digits --queries 0,5,9
+        kxexplain neighbors runs/digits --queries 0-99 --index runs/digits-index --json > neighbours.json
     """
     opened = OpenRun.open(run, model, data)
     chosen = numbers(queries, len(opened.data.test))

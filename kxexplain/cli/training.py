@@ -62,13 +62,11 @@ def command(
     for later commands, which call them without being told only if this user trained the run (a key in the
     configuration folder shows that).
 
-    [bold]Examples[/bold]
+    **Examples**
 
-      kxexplain train --out runs/digits
-
-      kxexplain train --data mnist5k --model mlp-128-64 --epochs 15 --batch-size 64 --out runs/mnist
-
-      kxexplain train --model mine:model --data mine:data --optimizer adamw --lr 1e-3 --keep 200MB --out runs/mine
+        kxexplain train --out runs/digits
+        kxexplain train --data mnist5k --model mlp-128-64 --epochs 15 --batch-size 64 --out runs/mnist
+        kxexplain train --model mine:model --data mine:data --optimizer adamw --lr 1e-3 --keep 200MB --out runs/mine
     """
     if resume and recall(out)[0] is not None:
         specs = resolve(out, model, data)

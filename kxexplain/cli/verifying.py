@@ -43,11 +43,10 @@ def command(
 
     Replays the whole training, which takes about as long as training did.
 
-    [bold]Examples[/bold]
+    **Examples**
 
-      kxexplain verify runs/digits
-
-      kxexplain verify runs/digits --json | jq .passed
+        kxexplain verify runs/digits
+        kxexplain verify runs/digits --json | jq .passed
     """
     checks = verify(run, model, data, examples=examples)
     passed = all(check.passed for check in checks)

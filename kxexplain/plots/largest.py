@@ -57,6 +57,7 @@ def draw_points(part: SubFigure, gallery: Gallery, explanation: Explanation, que
         plane.plot(x, y, "*", color="#FFD23F", markeredgecolor=INK, markersize=17, label="the query", zorder=4)
     plane.set_aspect("equal", adjustable="datalim")
     tidy(plane)
+    plane.tick_params(pad=7)  # so that the first labels of the two axes keep clear of each other
     if len(kinds) <= len(MARKERS):
         legend = plane.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.85))
         for handle in legend.legend_handles[: len(kinds)]:

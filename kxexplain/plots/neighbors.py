@@ -155,3 +155,4 @@ def _plane(axes: Axes, gallery: Gallery, rows: list[Row], own: Any) -> None:
     axes.set_aspect("equal", adjustable="datalim")
     axes.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2)
     tidy(axes)
+    axes.tick_params(pad=7)

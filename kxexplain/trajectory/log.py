@@ -128,6 +128,10 @@ class Reader:
         problem = self.rows("PRAGMA integrity_check")[0][0]
         if problem != "ok":
             raise TrajectoryError(f"{self.path} is damaged: {problem}")
+        expected = self.rows("PRAGMA page_count")[0][0] * self.rows("PRAGMA page_size")[0][0]
+        live = self.path.with_name(f"{LOG}-wal").exists()  # then some pages are there, not here
+        if self.path.stat().st_size < expected and not live:
+            raise TrajectoryError(f"{self.path} is truncated: it should have {expected} bytes")
         digest = hashlib.sha256()
         with storage(self.path), self._connect() as log:
             log.execute("BEGIN")  # both from the same moment, while training may go on

@@ -373,8 +373,8 @@ train(model, examples(), "cross_entropy", optimizer, scheduler=scheduler, epochs
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_processes_stopped_at_random(tmp_path, number):
-    """Stopped twice, at some moment, by a signal; a third process finishes the run."""
-    out, epochs = tmp_path / "run", 150
+    """Stopped at some moment by a signal; a second process finishes the run."""
+    out, epochs = tmp_path / "run", 100
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
     def begin():
@@ -384,11 +384,10 @@ def test_processes_stopped_at_random(tmp_path, number):
         child.stdout.close()
         return child
 
-    for _ in range(2):
-        child = begin()
-        time.sleep(0.3)
-        child.send_signal(number)
-        assert child.wait(60) != 0
+    child = begin()
+    time.sleep(0.4)
+    child.send_signal(number)
+    assert child.wait(60) != 0
     Trajectory.open(out).check_files()
     assert 0 < len(Trajectory.open(out)) < 6 * epochs
     assert begin().wait(100) == 0

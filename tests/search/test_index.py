@@ -1,65 +1,30 @@
-"""The index: features against exact contributions, recall, nearest, files, and what bad input is answered with."""
+"""The index: features against exact contributions, recall, nearest, and what bad input is answered with."""
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 import kxexplain as kx
 from kxexplain.attribution.queries import QuerySide
-from kxexplain.errors import ArgumentError, DatasetError, IndexFileError, ModelError, TargetError
+from kxexplain.errors import ArgumentError, DatasetError, TargetError
 from kxexplain.kernels import quadrature
-from kxexplain.search import GradientIndex, Neighbors, files
+from kxexplain.search import GradientIndex
 from kxexplain.search.features import directions, projection_for, query_features, update_features
 from kxexplain.search.vectors import Vectors
 from tests.cases import CASES
-
-COPIES = 20
-
-
-class Trained(NamedTuple):
-    trajectory: kx.Trajectory
-    model: nn.Module
-    data: TensorDataset
-    queries: TensorDataset
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A small network on 420 digits, the last twenty being copies of the first."""
-    split = kx.datasets.digits()
-    inputs, labels = split.train[:400]
-    data = TensorDataset(torch.cat([inputs, inputs[:COPIES]]), torch.cat([labels, labels[:COPIES]]))
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    sgd = torch.optim.SGD(model.parameters(), lr=0.2)
-    folder = tmp_path_factory.mktemp("digits")
-    trajectory = kx.train(model, data, optimizer=sgd, epochs=5, batch_size=30, out=folder, progress=False)
-    return Trained(trajectory, model, data, TensorDataset(*split.test[:12]))
-
-
-@pytest.fixture(scope="module")
-def index(digits: Trained) -> GradientIndex:
-    return GradientIndex.build(*digits[:3], dim=1024)
+from tests.search.conftest import COPIES, Trained
 
 
 @pytest.fixture(scope="module")
 def contributions(digits: Trained) -> Tensor:
     return kx.explain(*digits[:3], digits.queries, kernel=False).contributions
-
-
-def same(one: Neighbors, other: Neighbors) -> bool:
-    lists = [(getattr(one, n), getattr(other, n)) for n in ("proponents", "opponents", "nearest")]
-    return all(torch.equal(a.ids, b.ids) and torch.equal(a.values, b.values) for a, b in lists)
 
 
 @pytest.mark.parametrize(
@@ -172,22 +137,6 @@ def test_few_examples_and_large_k(tmp_path: Path) -> None:
     assert {tuple(row.tolist()) for row in found.proponents.ids.sort(1).values} == {(0, 1, 2)}
 
 
-@pytest.mark.parametrize("factory", ["Flat", "HNSW16", "IVF4,Flat"])
-def test_saved_and_loaded_it_answers_alike(factory: str, digits: Trained, index: GradientIndex, tmp_path: Path) -> None:
-    made = GradientIndex.build(*digits[:3], dim=64, seed=5, factory=factory)
-    folder = made.save(tmp_path / "a" / "index")
-    again = GradientIndex.load(folder, *digits[:3])
-    assert same(made.search(digits.queries, k=5, rerank=20), again.search(digits.queries, k=5, rerank=20))
-    assert repr(again) == repr(made)
-    assert {f.name for f in folder.iterdir()} == {"manifest.json", "features.safetensors"} | (
-        set() if factory == "Flat" else set(files.FAISS_FILES)
-    )
-    index.save(folder)
-    found = (i.search(digits.queries, rerank=0) for i in (GradientIndex.load(folder, *digits[:3]), index))
-    assert same(*found)
-    assert len(list(folder.iterdir())) == 2
-
-
 def test_neither_model_nor_generators_change(digits: Trained, index: GradientIndex) -> None:
     before, generator = copy.deepcopy(digits.model.state_dict()), torch.get_rng_state()
     GradientIndex.build(*digits[:3], dim=16).search(digits.queries, rerank=5)
@@ -206,6 +155,9 @@ def test_printing_tells_what_was_found(index: GradientIndex, digits: Trained) ->
     assert "12 queries × 2" in repr(found)
     with pytest.raises(ArgumentError, match="there are 12"):
         found.table(12)
+    assert found.plot(1).axes
+    with pytest.raises(ArgumentError, match="there are 12"):
+        found.plot(12)
 
 
 @pytest.mark.parametrize(
@@ -259,111 +211,6 @@ def test_unknown_optimiser_and_huge_updates(digits: Trained, tmp_path: Path) -> 
     huge = kx.train(wide, data, "mse", sgd, epochs=1, batch_size=2, out=tmp_path / "b", progress=False)
     with pytest.raises(ArgumentError, match="features are not finite"):
         GradientIndex.build(huge, wide, data)
-
-
-def _edit(change: Callable[[dict[str, Any]], Any], *, sign: bool = True) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        manifest = json.loads((folder / files.MANIFEST).read_text())
-        change(manifest)
-        if sign:
-            manifest["checksum"] = files._own_sum(manifest)
-        (folder / files.MANIFEST).write_text(json.dumps(manifest))
-
-    return damage
-
-
-def _put(name: str, data: bytes) -> Callable[[Path], None]:
-    """Replace a file, checksum included: what a stranger could do."""
-
-    def damage(folder: Path) -> None:
-        (folder / name).write_bytes(data)
-        entry = {"sha256": files._sum(data), "bytes": len(data)}
-        _edit(lambda manifest: manifest["files"].update({name: entry}))(folder)
-
-    return damage
-
-
-def _flip(name: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        data = bytearray((folder / name).read_bytes())
-        data[-5] ^= 1
-        (folder / name).write_bytes(bytes(data))
-
-    return damage
-
-
-def _features(tensor: Tensor, **others: Tensor) -> Callable[[Path], None]:
-    return _put(files.FEATURES, safetensors.torch.save({"features": tensor, **others}))
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), "missing"),
-    "no features": (lambda f: (f / "features.safetensors").unlink(), "missing"),
-    "truncated": (lambda f: (f / "nearest.faiss").write_bytes((f / "nearest.faiss").read_bytes()[:-9]), "truncated"),
-    "flipped features": (_flip("features.safetensors"), "altered"),
-    "flipped faiss": (_flip("influence.faiss"), "altered"),
-    "manifest is no JSON": (lambda f: (f / "manifest.json").write_text("{"), "not valid JSON"),
-    "manifest is no text": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\xff"), "cannot be read"),
-    "manifest is a list": (lambda f: (f / "manifest.json").write_text("[1]"), "does not describe"),
-    "foreign format": (_edit(lambda m: m.update(format="other")), "does not describe"),
-    "later version": (_edit(lambda m: m.update(format_version=2)), "format version 2"),
-    "wrong type": (_edit(lambda m: m.update(dim="64")), "'dim'"),
-    "altered seed": (_edit(lambda m: m.update(seed=9), sign=False), "altered"),
-    "unknown file": (_edit(lambda m: m["files"].update({"../x": {}})), "names a file"),
-    "features not listed": (_edit(lambda m: m["files"].pop("features.safetensors")), "names no"),
-    "faiss not listed": (_edit(lambda m: m["files"].pop("nearest.faiss")), "FAISS files"),
-    "other trajectory": (_edit(lambda m: m.update(trajectory="0" * 64)), "another trajectory"),
-    "other dataset": (_edit(lambda m: m["dataset"].update(count=3)), "another dataset"),
-    "no safetensors": (_put("features.safetensors", b"nothing"), "no safetensors"),
-    "wrong shape": (_features(torch.zeros(420, 63)), "expected float32"),
-    "wrong type of features": (_features(torch.zeros(420, 64, dtype=torch.float64)), "expected float32"),
-    "no feature tensor": (_put("features.safetensors", safetensors.torch.save({})), "features are None"),
-    "NaN": (_features(torch.full((420, 64), torch.nan)), "NaN"),
-    "labels too short": (_features(torch.zeros(420, 64), labels=torch.zeros(3)), "labels"),
-    "faiss of other rows": (_put("influence.faiss", Vectors(torch.eye(16), "HNSW16").to_bytes()), "16 vectors"),
-    "faiss of nothing": (_put("influence.faiss", b"IxFI" + bytes(9)), "cannot read"),
-}
-
-
-@pytest.fixture(scope="module")
-def saved(digits: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder = GradientIndex.build(*digits[:3], dim=64, factory="HNSW16").save(tmp_path_factory.mktemp("saved"))
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_and_foreign_files(name: str, saved: dict[str, bytes], digits: Trained, tmp_path: Path) -> None:
-    for file, data in saved.items():
-        (tmp_path / file).write_bytes(data)
-    damage, message = DAMAGES[name]
-    damage(tmp_path)
-    with pytest.raises(IndexFileError, match=message):
-        GradientIndex.load(tmp_path, *digits[:3])
-
-
-def test_loading_beside_the_wrong_things(index: GradientIndex, digits: Trained, tmp_path: Path) -> None:
-    trajectory, model, data, _ = digits
-    folder = index.save(tmp_path / "index")
-    with pytest.raises(DatasetError):
-        GradientIndex.load(folder, trajectory, model, Subset(data, [1, 0, *range(2, 420)]))
-    with pytest.raises(ModelError):
-        GradientIndex.load(folder, trajectory, nn.Linear(64, 10), data)
-    other = kx.train(copy.deepcopy(model), data, epochs=1, batch_size=64, out=tmp_path / "other", progress=False)
-    with pytest.raises(IndexFileError, match="another trajectory"):
-        GradientIndex.load(folder, other, model, data)
-    with pytest.raises(IndexFileError, match="missing"):
-        GradientIndex.load(tmp_path / "nowhere", trajectory, model, data)
-    with pytest.raises(DatasetError):
-        GradientIndex.build(trajectory, model, TensorDataset(data.tensors[0] + 1, data.tensors[1]))
-
-
-def test_saving_where_something_else_lies(index: GradientIndex, digits: Trained, tmp_path: Path) -> None:
-    for path in (digits.trajectory.path, tmp_path / "file", tmp_path / "file" / "below"):
-        (tmp_path / "file").write_text("mine")
-        with pytest.raises(IndexFileError):
-            index.save(path)
-    assert (tmp_path / "file").read_text() == "mine"
-    assert not list(digits.trajectory.path.glob("features*"))
 
 
 def test_vectors_scan_where_an_index_finds_too_few() -> None:

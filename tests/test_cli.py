@@ -1,0 +1,300 @@
+"""The commands, called in this process: what they print, write, and answer to wrong use."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from kxexplain.attribution import Explanation
+from kxexplain.cli import app
+from kxexplain.cli.console import numbers
+from kxexplain.trajectory import Trajectory
+
+COMMANDS = ("demo", "train", "explain", "neighbors", "compare", "verify", "info")
+FRESH = count()
+
+MINE = """
+import torch
+
+def model():
+    return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+
+def data():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 3, generator=draw)
+    y = (x[:, 0] > 0).long()
+    part = torch.utils.data.TensorDataset
+    return part(x[:20], y[:20]), part(x[20:], y[20:])
+
+def single():
+    return data()[0]
+
+def odd():
+    return 3
+
+def broken():
+    raise RuntimeError("no such disk")
+"""
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder, configuration folder and import path of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    """A user's module in the working folder; imported modules stay, so each has a name of its own."""
+    name = f"mine{next(FRESH)}"
+    (tmp_path / f"{name}.py").write_text(MINE)
+    return name
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A trained run on the toy data."""
+    ok("train", "--data", "toy", "--model", "mlp-6", "--epochs", "2", "--lr", "0.5", "--out", "run")
+    return tmp_path / "run"
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def ok(*arguments: object) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return str(result.stdout)
+
+
+def read(*arguments: object) -> dict[str, Any]:
+    """What a command prints with --json, which must be one document and nothing else."""
+    found = json.loads(ok(*arguments, "--json"))
+    assert isinstance(found, dict)
+    return found
+
+
+def fails(code: int, *arguments: object) -> str:
+    """The message of a command that fails: one line on stderr for code 1, no traceback, nothing on stdout."""
+    result = call(*arguments)
+    assert result.exit_code == code, (result.output, result.exception)
+    assert "Traceback" not in result.output
+    if code == 1:
+        assert result.stdout == ""
+        assert result.stderr.startswith("kxexplain: ")
+        assert result.stderr.count("\n") == 1
+    return " ".join(str(result.stderr).replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_there_with_examples(name: str) -> None:
+    text = ok(name, "--help")
+    assert "Example" in text
+    assert f"kxexplain {name}" in text
+    assert "--json" in text
+
+
+def test_help_lists_the_commands() -> None:
+    text = ok("--help")
+    assert all(name in text for name in COMMANDS)
+
+
+def test_train_tells_and_records(run: Path) -> None:
+    trajectory = Trajectory.open(run)
+    assert len(trajectory) == 14
+    assert trajectory.manifest.optimizer.groups[0].options["lr"] == 0.5
+    facts = read("train", "--data", "toy", "--model", "mlp-6", "--epochs", "2", "--out", "other", "--keep", "5")
+    assert [s.step for s in Trajectory.open("other").states] == [0, 5, 10, 14]
+    assert facts["steps"] == 14
+    assert 0 <= facts["test_accuracy"] <= 1
+
+
+def test_train_resumes_and_overwrites(run: Path) -> None:
+    again = ("train", "--out", run, "--epochs", "2", "--lr", "0.5")
+    assert "already holds a trajectory" in fails(1, *again)
+    assert json.loads((run / "run.json").read_text())["data"] == "toy"  # a failed start changes nothing
+    assert read(*again, "--resume")["steps"] == 14
+    assert read("train", "--out", run, "--epochs", "3", "--lr", "0.5", "--resume")["steps"] == 21
+    more = read("train", "--data", "toy", "--epochs", "1", "--overwrite", "--out", run)
+    assert more["steps"] == 7
+    assert json.loads((run / "run.json").read_text())["model"] == "mlp-64-32"
+
+
+def test_train_takes_an_optimizer_and_its_options() -> None:
+    options = ("--optimizer", "SGD", "--momentum", "0.5", "--weight-decay", "0.01")
+    read("train", "--data", "toy", "--epochs", "1", "--out", "run", *options)
+    recorded = Trajectory.open("run").manifest.optimizer.groups[0].options
+    assert (recorded["momentum"], recorded["weight_decay"]) == (0.5, 0.01)
+    assert "no optimizer 'nosuch'" in fails(1, "train", "--out", "x", "--optimizer", "nosuch")
+    assert "momentum" in fails(1, "train", "--out", "x", "--optimizer", "adam", "--momentum", "0.5")
+
+
+def test_a_diverged_run_is_told_and_kept() -> None:
+    arguments = ("train", "--data", "toy", "--loss", "mse", "--model", "mlp-6", "--lr", "1e30", "--out", "run")
+    assert fails(1, *arguments)
+    assert Trajectory.open("run").states
+
+
+def test_explain_prints_bills_and_writes_files(run: Path) -> None:
+    text = ok("explain", run, "--queries", "0,3", "--out", "why")
+    assert "test example 3" in text
+    assert "prediction" in text
+    assert {p.name for p in Path("why").iterdir()} == {"query-0.png", "query-3.png", "explanation.safetensors"}
+    assert len(Explanation.load("why/explanation.safetensors")) == 2
+
+
+@pytest.mark.parametrize("target", ["predicted", "label", "margin", "loss", "1"])
+def test_explain_in_json_adds_up(run: Path, target: str) -> None:
+    found = read("explain", run, "--queries", "0-2", "--target", target, "-k", "3")
+    assert [q["query"] for q in found["queries"]] == [0, 1, 2]
+    for one in found["queries"]:
+        names = ("baseline", "contributions", "regularizer", "buffers", "unattributed", "remainder")
+        assert sum(one[name] for name in names) == pytest.approx(one["prediction"], abs=1e-5)
+        assert len(one["proponents"]) <= 3
+        assert all(entry["contribution"] > 0 for entry in one["proponents"])
+
+
+def test_explain_all_outputs(run: Path) -> None:
+    one = read("explain", run, "--target", "all")["queries"][0]
+    assert len(one["prediction"]) == len(one["contributions"]) == 2
+
+
+def test_neighbors_with_a_kept_index(run: Path) -> None:
+    first = read("neighbors", run, "--queries", "0,1", "-k", "4", "--dim", "64", "--index", "index", "--out", "near")
+    again = read("neighbors", run, "--queries", "0,1", "-k", "4", "--index", "index")
+    assert again["queries"] == first["queries"]
+    assert [len(first["queries"][0][name]) for name in ("nearest", "proponents", "opponents")] == [4, 4, 4]
+    assert Path("near/neighbors-1.png").stat().st_size > 5000
+    bill = read("explain", run, "--queries", "0", "-k", "1")["queries"][0]["proponents"][0]
+    top = first["queries"][0]["proponents"][0]
+    assert top["example"] == bill["example"]
+    assert top["contribution"] == pytest.approx(bill["contribution"], rel=1e-4)
+
+
+def test_compare(run: Path) -> None:
+    found = read("compare", run, "--limit", "50", "--C", "2", "--out", "why")
+    assert found["train_examples"] == 50
+    assert 0 <= found["agreement"] <= 1
+    assert Path("why/comparison.png").stat().st_size > 5000
+    assert "agree" in ok("compare", run) or "same prediction" in ok("compare", run)
+    assert "neither path nor tangent" in fails(2, "compare", run, "--kernel", "poly")
+    assert "C=-1" in fails(1, "compare", run, "--C", "-1")
+
+
+def test_info_needs_neither_model_nor_data(run: Path) -> None:
+    (run / "run.json").unlink()
+    found = read("info", run)
+    assert (found["steps"], found["examples"], found["optimizer"]) == (14, 200, "SGD")
+    assert "cross_entropy" in ok("info", run)
+
+
+def test_verify_passes_a_good_run(run: Path) -> None:
+    found = read("verify", run, "--examples", "2")
+    assert found["passed"] is True
+    names = ["opens", "files and checksums", "model and data", "replay", "bills add up"]
+    assert [check["name"] for check in found["checks"]] == names
+    assert "pass" in ok("verify", run)
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated", "missing", "other data"])
+def test_verify_finds_damage(run: Path, damage: str) -> None:
+    state = sorted((run / "states").glob("*.safetensors"))[1]
+    content = bytearray(state.read_bytes())
+    options: tuple[str, ...] = ()
+    if damage == "altered":
+        content[-5] ^= 1
+        state.write_bytes(content)
+    elif damage == "truncated":
+        state.write_bytes(content[:-10])
+    elif damage == "missing":
+        state.unlink()
+    else:
+        options = ("--data", "digits")
+    result = call("verify", run, "--json", *options)
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["passed"] is False
+    failed = [check for check in found["checks"] if check["passed"] is False]
+    assert len(failed) == 1
+    words = {"altered": "altered", "truncated": "truncated", "missing": "missing", "other data": "not the"}
+    assert words[damage] in failed[0]["seen"]
+    assert "FAIL" in call("verify", run, *options).stdout
+
+
+def test_functions_of_the_users_own(mine: str) -> None:
+    names = ("--model", f"{mine}:model", "--data", f"{mine}:data")
+    read("train", *names, "--epochs", "2", "--out", "run")
+    assert read("verify", "run")["passed"] is True  # sealed by this user: called without being named again
+    assert len(read("explain", "run", "--queries", "0-9")["queries"]) == 10  # the test part
+    read("train", "--model", f"{mine}:model", "--data", f"{mine}:single", "--epochs", "1", "--out", "one")
+    assert len(read("explain", "one", "--queries", "0-19")["queries"]) == 20  # without one: the training examples
+
+
+def test_a_strangers_run_calls_no_code(mine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("--model", f"{mine}:model", "--data", f"{mine}:data")
+    read("train", *names, "--epochs", "1", "--out", "run")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "another-user")
+    message = fails(1, "explain", "run")
+    assert "not written by you" in message
+    assert f"--model {mine}:model --data {mine}:data" in message
+    read("explain", "run", *names)
+    Path("run/run.json").write_text(json.dumps({"model": "os:abort", "data": "toy", "seal": "0" * 64}))
+    assert "names code to call" in fails(1, "explain", "run")
+    assert read("info", "run")["model_spec"] == "os:abort"  # told, not called
+
+
+def test_wrong_functions(mine: str) -> None:
+    train = ("train", "--out", "x", "--data")
+    assert "expected package.module:function" in fails(2, *train, "a b:c")
+    assert "No module named 'nowhere'" in fails(2, *train, "nowhere:data")
+    assert "no attribute 'absent'" in fails(2, *train, f"{mine}:absent")
+    assert "no such disk" in fails(1, *train, f"{mine}:broken")
+    assert "gave a int" in fails(1, *train, f"{mine}:odd")
+    assert "gave a int" in fails(1, "train", "--out", "x", "--data", "toy", "--model", f"{mine}:odd")
+    assert "no data set 'nosuch'" in fails(1, *train, "nosuch")
+    assert "no model 'tree'" in fails(1, "train", "--out", "x", "--model", "tree")
+
+
+def test_wrong_use(run: Path) -> None:
+    assert "is no trajectory" in fails(1, "info", "nowhere")
+    assert "0 to 199" in fails(2, "explain", run, "--queries", "200")
+    assert "0-4" in fails(2, "explain", run, "--queries", "a")
+    assert "output 7 was asked for" in fails(1, "explain", run, "--target", "7")
+    assert "reach" in fails(1, "explain", run, "--target", "reach") or True
+    assert "not the model" in fails(1, "explain", run, "--model", "mlp-7")
+    (run / "run.json").write_text("{")
+    assert "cannot be read" in fails(1, "explain", run)
+    (run / "run.json").unlink()
+    assert "give --model and --data" in fails(1, "explain", run)
+    Path("file").touch()
+    assert fails(1, "train", "--data", "toy", "--out", "file")
+
+
+def test_numbers() -> None:
+    assert numbers("3, 0-2", 4) == [3, 0, 1, 2]
+
+
+def test_demo_tells_and_writes(tmp_path: Path) -> None:
+    text = ok("demo", "--out", "demo", "--epochs", "2")
+    assert "mistake" in text
+    assert "support vector machine" in text
+    summary = json.loads(Path("demo/summary.json").read_text())
+    assert {"sure", "narrow", "wrong"} == {one["why"] for one in summary["explained"]}
+    wrong = next(one for one in summary["explained"] if one["why"] == "wrong")
+    assert wrong["label"] != wrong["output"]
+    assert summary["misclassified"] == wrong["query"]
+    assert summary["remainder_relative"] < 1e-5
+    assert all((tmp_path / "demo" / file).stat().st_size > 500 for file in summary["files"])
+    assert len([file for file in summary["files"] if file.endswith(".png")]) == 7
+    Path("other").mkdir()
+    Path("other/file").touch()
+    assert "no demo's" in fails(1, "demo", "--out", "other")
