@@ -67,24 +67,20 @@ def saved(figure: Figure, folder: Path) -> Path:
     return file
 
 
-def all_ticks(axes: Axes) -> list[Any]:
-    return [tick for axis in (axes.xaxis, axes.yaxis) for tick in [*axis.majorTicks, *axis.minorTicks]]
-
-
-def ticks(axes: Axes) -> list[Any]:
-    """Those that are drawn."""
-    return [tick for axis in (axes.xaxis, axes.yaxis) for tick in axis._update_ticks()] if axes.axison else []
+def hidden(axes: Axes) -> set[int]:
+    """Labels of ticks that exist but are not drawn: beyond the limits, or of axes that are off."""
+    sides = (axes.xaxis, axes.yaxis)
+    made = {id(label) for axis in sides for tick in axis.majorTicks for label in (tick.label1, tick.label2)}
+    drawn = {id(tick.label1) for axis in sides for tick in axis._update_ticks()} if axes.axison else set()
+    return made - drawn
 
 
 def overlaps(figure: Figure) -> list[tuple[str, str]]:
     """Pairs of texts that lie over one another."""
     figure.canvas.draw()
-    drawn = {id(tick.label1) for axes in figure.findobj(Axes) for tick in ticks(axes)}
-    boxes = []
-    for text in figure.findobj(Text):
-        tick = text.axes is not None and any(text in (t.label1, t.label2) for t in all_ticks(text.axes))
-        if text.get_visible() and text.get_text().strip() and (not tick or id(text) in drawn):
-            boxes.append((text.get_text(), text.get_window_extent()))
+    absent = set().union(*map(hidden, figure.findobj(Axes)))
+    shown = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and id(t) not in absent]
+    boxes = [(t.get_text(), t.get_window_extent()) for t in shown]
     inside = [(name, box.shrunk(0.9, 0.9)) for name, box in boxes]
     return [(a, b) for (a, one), (b, other) in combinations(inside, 2) if one.overlaps(other)]
 

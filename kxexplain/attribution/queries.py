@@ -61,17 +61,17 @@ class QuerySide:
         private = copy.deepcopy(model).eval()
         device = next(private.parameters()).device
         inputs, labels = query_batch(queries, device)
-        first, last = trajectory.states[0].step, trajectory.states[-1].step
+        first, last = (trajectory.state(trajectory.states[i].step) for i in (0, -1))
         with torch.random.fork_rng(devices=[]):
-            before = evaluate(private, trajectory.state(first), inputs)
-            after = evaluate(private, trajectory.state(last), inputs)
-            if not torch.equal(after, evaluate(private, trajectory.state(last), inputs)):
+            before = evaluate(private, first, inputs)
+            after = evaluate(private, last, inputs)
+            if not torch.equal(after, evaluate(private, last, inputs)):
                 raise ModelError(
                     "the model gives different outputs for the same inputs in evaluation mode; something random "
                     "(dropout called as a function?) is left on: make it depend on self.training"
                 )
         resolved = resolve_target(target, after, labels, trajectory.loss if target == "loss" else None)
-        names = moving_names(trajectory)
+        names = moving_names(trajectory, first, last)
         buffers = {name for name, _ in private.named_buffers()}
         with torch.no_grad():
             baseline, prediction = (resolved.select(values, slice(None)) for values in (before, after))
@@ -149,10 +149,9 @@ def _to(inputs: Any, device: torch.device) -> Any:
     return tuple(_to(v, device) for v in inputs)
 
 
-def moving_names(trajectory: Trajectory) -> list[str]:
+def moving_names(trajectory: Trajectory, first: State, last: State) -> list[str]:
     """The parameters that train and the floating-point buffers that change, by name."""
     signature = trajectory.manifest.model
-    first, last = (trajectory.state(trajectory.states[i].step) for i in (0, -1))
     names = [t.name for t in signature.parameters if t.requires_grad or _differ(first, last, t.name)]
     return names + [
         name for name, value in first.buffers.items() if value.is_floating_point() and _differ(first, last, name)

@@ -159,24 +159,29 @@ def attention(
 
 def cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """log_softmax, which is exact, then an operation linear in it."""
-    return torch.nn.functional.nll_loss(torch.log_softmax(args[0], 1), *_nll(args, kwargs))
+    names = ("target", "weight", "reduction", "ignore_index", "label_smoothing")
+    given = dict(zip(names, args[1:], strict=False)) | kwargs
+    target, smoothing = given["target"], given.get("label_smoothing") or 0.0
+    if given.get("weight") is not None or given.get("ignore_index", -100) != -100:
+        raise Untraceable("cross entropy with class weights")
+    logarithms = torch.log_softmax(args[0], 1)
+    if target.is_floating_point():
+        losses = -(logarithms * ((1 - smoothing) * target + smoothing / logarithms.shape[1])).sum(1)
+    else:
+        losses = -logarithms.gather(1, target.unsqueeze(1)).squeeze(1)
+        if smoothing:
+            losses = (1 - smoothing) * losses - smoothing * logarithms.mean(1)
+    return _reduced(losses, given.get("reduction", 1))
 
 
-def _nll(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    target, weight, reduction, ignore_index, smoothing = (*args[1:], *[None] * 5)[:5]
-    if target.is_floating_point() or smoothing:
-        raise Untraceable("cross entropy of probability targets")
-    return target, weight, None, -100 if ignore_index is None else ignore_index, None, _REDUCTIONS[reduction]
-
-
-_REDUCTIONS = ("none", "mean", "sum")
+def _reduced(losses: Any, reduction: int) -> Any:
+    return losses if reduction == 0 else losses.mean() if reduction == 1 else losses.sum()
 
 
 def mse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """(a − b)², then the reduction asked for."""
     squares = (args[0] - args[1]).square()
-    reduction = args[2] if len(args) > 2 else kwargs.get("reduction", 1)
-    return squares if reduction == 0 else squares.mean() if reduction == 1 else squares.sum()
+    return _reduced(squares, args[2] if len(args) > 2 else kwargs.get("reduction", 1))
 
 
 def read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

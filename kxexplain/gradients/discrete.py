@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kxexplain.gradients.capture import Capture, Layout, measure
-from kxexplain.gradients.factors import Factors, concatenate, signature
-from kxexplain.gradients.ordinary import differentiate
+from kxexplain.gradients.factors import Dense, Factors, concatenate, signature
+from kxexplain.gradients.ordinary import differentiate, layout_of
 from kxexplain.gradients.products import dot
 from kxexplain.gradients.secant import rank_one_residual
 from kxexplain.gradients.two_point import Substitution, Trace, TwoPoint, Untraceable
@@ -74,8 +74,8 @@ class DiscreteGradient:
             self.traceable = self._agrees(start, end, inputs)
         rows = count(inputs)
         if not self.one_by_one or rows == 1:
-            made, trace = self._whole(start, end, inputs, target, slice(None))
-            if not trace.mixed or rows == 1:
+            made, mixed = self._whole(start, end, inputs, target, slice(None))
+            if not mixed or rows == 1:
                 return made
             self.one_by_one, self.layout = True, None
         singles = [
@@ -85,20 +85,34 @@ class DiscreteGradient:
 
     def _whole(
         self, start: Tensors, end: Tensors, inputs: Inputs, target: Target, rows: Tensor | slice
-    ) -> tuple[Secant, Trace]:
-        if not self.traceable:
-            return self._at_midpoint(start, end, inputs, target, rows)
-        values, factors, trace = self._trace(start, end, inputs, target, rows)
-        return self._finish(start, end, values, factors, trace.inexact), trace
+    ) -> tuple[Secant, bool]:
+        """The gradients, and whether examples were mixed on the way."""
+        if self.traceable:
+            try:
+                values, factors, trace = self._trace(start, end, inputs, target, rows)
+                return self._finish(start, end, values, factors, trace.inexact), trace.mixed
+            except Untraceable:  # a branch that this segment crosses, or a target that leaves torch
+                pass
+        return self._at_midpoint(start, end, inputs, target, rows), False
 
     def _at_midpoint(
         self, start: Tensors, end: Tensors, inputs: Inputs, target: Target, rows: Tensor | slice
-    ) -> tuple[Secant, Trace]:
-        """The whole model as one operation."""
-        middle = {name: (start[name] + end[name]) / 2 for name in self.names}
-        _, factors, trace = self._trace(middle, middle, inputs, target, rows)
+    ) -> Secant:
+        """The whole model as one operation: its ordinary gradient halfway, and the correction."""
         values = tuple(target(self._plain(where, inputs), rows) for where in (start, end))
-        return self._finish(start, end, values, factors, correct=True), trace
+        self._set({name: (start[name] + end[name]) / 2 for name in self.names})
+        parameters = {name: v for name, v in self.variables.items() if v.requires_grad}
+        layout = layout_of(self.model, inputs, parameters)
+        capture = Capture(parameters, layout, count(inputs))
+        with torch.enable_grad():
+            with capture:
+                outputs = outputs_2d(call(self.model, inputs))
+            middle = target(outputs, rows)
+            factors = differentiate(middle, capture, parameters)
+        if not factors:  # nothing that autograd can see: the correction is the whole gradient
+            name, parameter = next(iter(parameters.items()))
+            factors = [Dense(name, values[0].new_zeros(*values[0].shape, parameter.numel()))]
+        return self._finish(start, end, values, factors, correct=True)
 
     def _finish(
         self, start: Tensors, end: Tensors, values: tuple[Tensor, ...], factors: Factors, correct: bool
@@ -144,10 +158,14 @@ class DiscreteGradient:
 
         return measure(run, leaves)
 
-    def _plain(self, values: Tensors, inputs: Inputs) -> Tensor:
+    def _set(self, values: Tensors) -> None:
         with torch.no_grad():
             for name, variable in self.variables.items():
                 variable.copy_(values[name])
+
+    def _plain(self, values: Tensors, inputs: Inputs) -> Tensor:
+        self._set(values)
+        with torch.no_grad():
             return outputs_2d(call(self.model, inputs))
 
     def _agrees(self, start: Tensors, end: Tensors, inputs: Inputs) -> bool:

@@ -83,15 +83,20 @@ def draw_bars(sides: Any, gallery: Gallery, ranked: Ranking, query: int) -> None
     for axes, (indices, values, text, sign) in zip(sides, both, strict=True):
         rows = [(i, v) for i, v in _pairs(indices, values, query) if v * sign > 0]
         if rows:
-            bars(axes, gallery, rows)
+            bars(axes, gallery, rows, slots=values.shape[1])
             axes.set_xlim((0, 1.22 * largest) if sign > 0 else (-1.22 * largest, 0))
         else:
             blank(axes, "none")
         title(axes, text)
 
 
-def bars(axes: Axes, gallery: Gallery, rows: list[tuple[int, float]], *, shade: str | None = None) -> None:
-    """A bar an example, with its amount; blue up and orange-red down, if not all of one colour."""
+def bars(
+    axes: Axes, gallery: Gallery, rows: list[tuple[int, float]], *, shade: str | None = None, slots: int = 0
+) -> None:
+    """A bar an example, with its amount; blue up and orange-red down, if not all of one colour.
+
+    Bars are as thick as if there were ``slots`` of them.
+    """
     largest = max((abs(v) for _, v in rows), default=1.0)
     places = decimals(largest)
     for row, (_, value) in enumerate(rows):
@@ -103,7 +108,7 @@ def bars(axes: Axes, gallery: Gallery, rows: list[tuple[int, float]], *, shade: 
         )  # fmt: skip
     low, high = min([0.0, *(v for _, v in rows)]), max([0.0, *(v for _, v in rows)])
     axes.set_xlim(low - (0.35 * largest if low < 0 else 0), high + (0.35 * largest if high > 0 else 0))
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_ylim(max(len(rows), slots) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [gallery.caption(i) for i, _ in rows])
     axes.set_xticks([])
     tidy(axes, keep=())

@@ -132,7 +132,7 @@ def _lists(figure: Figure, gallery: Gallery, rows: list[Row], *, own: Any) -> No
         _plane(axes[0], gallery, rows, own)
     for part, (text, shade, found) in zip(axes[1:] if plane else axes, rows, strict=True):
         if found:
-            bars(part, gallery, found, shade=shade)
+            bars(part, gallery, found, shade=shade, slots=max(len(f) for _, _, f in rows))
         else:
             blank(part, "none")
         title(part, text.split(" (")[0])
@@ -153,6 +153,6 @@ def _plane(axes: Axes, gallery: Gallery, rows: list[Row], own: Any) -> None:
         x, y = own.double().cpu().tolist()
         axes.plot(x, y, "*", color="#FFD23F", markeredgecolor=INK, markersize=17, label="the query")
     axes.set_aspect("equal", adjustable="datalim")
-    axes.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2)
+    axes.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, markerscale=0.6)
     tidy(axes)
     axes.tick_params(pad=7)

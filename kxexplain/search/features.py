@@ -36,7 +36,7 @@ def projection_for(trajectory: Trajectory, dim: int, *, seed: int = 0) -> Projec
     Raises:
         ArgumentError: a dimension below 16, or a trajectory without steps.
     """
-    moving = set(moving_names(trajectory))
+    moving = set(moving_names(trajectory, *(trajectory.state(trajectory.states[i].step) for i in (0, -1))))
     shapes = {t.name: t.shape for t in trajectory.manifest.model.parameters if t.name in moving}
     return Projection(shapes, len(bounds(trajectory, None)) - 1, dim, seed=seed)
 
