@@ -179,7 +179,9 @@ def resolve(run: Path, model: str | None, data: str | None) -> Specs:
 
 
 def _seal(specs: Specs) -> str | None:
-    """A keyed hash of the names; None where no key can be kept."""
+    """A keyed hash of the names; None where they name no code, or no key can be kept."""
+    if ":" not in specs.model + specs.data:
+        return None
     path = Path(typer.get_app_dir("kxexplain")) / "run-key"
     with contextlib.suppress(OSError):
         if not path.is_file():

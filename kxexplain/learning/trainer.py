@@ -19,7 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from kxexplain.errors import ArgumentError, TrainingError
 from kxexplain.learning.interrupts import interrupts
 from kxexplain.learning.progress import Progress
-from kxexplain.trajectory import LossFunction, Manifest, Recorder, Trajectory, rng
+from kxexplain.learning.resume import check_same, restored
+from kxexplain.trajectory import LossFunction, Recorder, Trajectory, rng
 from kxexplain.trajectory import keep as keeping
 from kxexplain.trajectory.batches import fetch
 from kxexplain.trajectory.describe import check_budget, describe
@@ -98,7 +99,7 @@ def train(
         if resume and is_trajectory(Path(out)):
             old = Trajectory.open(out, loss if callable(loss) else None)
             old.check_model(model)
-            _check_same(old.manifest, manifest, stepped=scheduler is not None)
+            check_same(old.manifest, manifest, stepped=scheduler is not None)
             if run.restore(old):
                 return old
         else:
@@ -151,7 +152,7 @@ class _Run:
         self.rng = state.rng_bytes
         if self.scheduler is not None:
             template = self.scheduler.state_dict()
-            self.scheduler.load_state_dict(_like(template, state.extra["scheduler"]))
+            self.scheduler.load_state_dict(restored(template, state.extra["scheduler"]))
         within = self.start % self.batches or min(self.start, self.batches)
         self.losses = [step.loss for step in old.steps[self.start - within : self.start]]
         self.ended = state.extra.get("ended", self.start // self.batches)
@@ -252,49 +253,6 @@ def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> str
             "scheduler of numbers, or your own loop with kx.record"
         ) from error
     return type(scheduler).__name__
-
-
-def _like(template: Any, value: Any) -> Any:
-    """A value read from JSON with the key types, tuples and counters of ``template``."""
-    if isinstance(template, dict) and isinstance(value, dict):
-        keys = {str(key): key for key in template}
-        pairs = {keys.get(k, k): _like(template.get(keys.get(k, k)), v) for k, v in value.items()}
-        return type(template)(pairs)
-    if isinstance(template, (list, tuple)) and isinstance(value, list):
-        inner = [*template, *[None] * len(value)]
-        return type(template)(_like(t, v) for t, v in zip(inner, value, strict=False))
-    return value
-
-
-def _check_same(old: Manifest, new: Manifest, *, stepped: bool) -> None:
-    """``ArgumentError`` naming the first setting in which a run to resume differs from now."""
-    difference = old.dataset.difference(new.dataset)
-    if difference:
-        raise ArgumentError(f"cannot resume with another dataset: {difference}")
-    for name in ("loss", "seed", "keep", "reduction"):
-        _same(name, getattr(old, name), getattr(new, name))
-    for name in ("loop", "batch_size", "scheduler"):
-        _same(name, old.settings.get(name), new.settings.get(name))
-    _same("frozen parameters", _frozen(old), _frozen(new))
-    _same("optimizer", old.optimizer.name, new.optimizer.name)
-    _same("parameter groups", len(old.optimizer.groups), len(new.optimizer.groups))
-    for ours, theirs in zip(old.optimizer.groups, new.optimizer.groups, strict=True):
-        _same("optimizer parameters", ours.names, theirs.names)
-        for key in sorted(ours.options.keys() | theirs.options.keys()):
-            if not (stepped and key == "lr"):  # the scheduler has moved it meanwhile
-                _same(f"optimizer option {key}", ours.options.get(key), theirs.options.get(key))
-
-
-def _frozen(manifest: Manifest) -> list[str]:
-    return [t.name for t in manifest.model.parameters if not t.requires_grad]
-
-
-def _same(name: str, old: object, new: object) -> None:
-    if old != new:
-        raise ArgumentError(
-            f"cannot resume with another {name}: the run was begun with {old!r}, not {new!r}; "
-            "give what it was begun with, or another folder"
-        )
 
 
 @contextmanager

@@ -86,6 +86,7 @@ def draw_waterfall(axes: Axes, bill: Bill) -> None:
             end + (0.012 if end >= start else -0.012) * span, row, amount(end - start, bill.places, signed=not total),
             va="center", ha="left" if end >= start else "right", fontsize=9, zorder=3,
             fontweight="bold" if total else "normal", color=shade,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )  # fmt: skip
     axes.axvline(0, color=FAINT, linewidth=1, zorder=0)
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows])

@@ -4,15 +4,8 @@
 it writes; :class:`Replayer` redoes its steps; ``split`` says how an optimiser's step divides.
 """
 
-from kxexplain.trajectory.batches import (
-    Fingerprint,
-    call,
-    count,
-    fetch,
-    fingerprint,
-    outputs_2d,
-    take,
-)
+from kxexplain.trajectory.batches import call, count, fetch, outputs_2d, take
+from kxexplain.trajectory.fingerprints import Fingerprint, fingerprint
 from kxexplain.trajectory.losses import LOSSES, LossFunction, check_losses, resolve
 from kxexplain.trajectory.recorder import Recorder, record
 from kxexplain.trajectory.records import (

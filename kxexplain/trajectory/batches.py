@@ -1,4 +1,4 @@
-"""Fetching examples, calling models on them, and telling two datasets apart.
+"""Fetching examples and calling models on them.
 
 An example's identity is its index in the dataset, never its place in a loader's order. Everything
 here works on nested inputs: a tensor, a tuple or a dict of tensors that share their first axis.
@@ -6,9 +6,7 @@ here works on nested inputs: a tensor, a tuple or a dict of tensors that share t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -20,9 +18,6 @@ from kxexplain.errors import ArgumentError, DatasetError, ModelError
 from kxexplain.shapes import Inputs
 
 Indices: TypeAlias = Sequence[int] | np.ndarray | Tensor
-
-CHUNK_BYTES = 8 << 20
-"""Bytes of examples that a fingerprint holds at once; the result does not depend on it."""
 
 
 def fetch(dataset: Any, indices: Indices, device: torch.device | str | None = None) -> tuple[Inputs, Tensor]:
@@ -128,122 +123,6 @@ def leaves(inputs: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             f"an example holds a {type(inputs).__name__}; expected tensors, arrays or numbers, "
             "alone or in a tuple or dict"
         )
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What a dataset contains: its length, a hash in order, and one that ignores the order."""
-
-    count: int
-    ordered: str
-    unordered: str
-
-    def difference(self, other: Fingerprint) -> str | None:
-        """In words, how ``other`` differs from this one; ``None`` if it does not."""
-        if self == other:
-            return None
-        if self.count != other.count:
-            return f"{other.count} examples instead of {self.count}"
-        if self.unordered == other.unordered:
-            return "the same examples in another order"
-        return "as many examples, but with other contents"
-
-
-def fingerprint(dataset: Any) -> Fingerprint:
-    """Hash every example of ``dataset``; a few are fetched twice first to see that they stay equal.
-
-    The result depends on the examples alone (values, dtypes, shapes), not on the class that serves
-    them. ``DatasetError`` if the dataset is empty, has no length, serves anything but
-    (input, target), or serves something else the second time (random augmentation).
-
-    >>> data = TensorDataset(torch.eye(3), torch.arange(3))
-    >>> fingerprint(data).difference(fingerprint(Subset(data, [2, 0, 1])))
-    'the same examples in another order'
-    """
-    total = size(dataset)
-    probe = sorted({0, 1 % total, total // 2, total - 1})
-    first, again = _Digest(), _Digest()
-    first.update(fetch(dataset, probe))
-    again.update(fetch(dataset, probe))
-    if first.result() != again.result():
-        raise DatasetError(
-            "the dataset served different values for the same index when asked twice; random "
-            "augmentation cannot be replayed: apply it once, beforehand, and train on the result"
-        )
-    row = sum(leaf.nbytes for _, leaf in leaves(fetch(dataset, probe[:1])))
-    step = max(1, CHUNK_BYTES // max(1, row))
-    digest = _Digest()
-    for start in range(0, total, step):
-        digest.update(fetch(dataset, np.arange(start, min(start + step, total))))
-    return digest.result()
-
-
-class _Digest:
-    """Both hashes of a dataset, from chunks of any size.
-
-    In order: one SHA-256 per tensor of an example, each over that tensor's rows. Regardless of
-    order: the sum of a number per row, Σ_j m_j·w_j over its folded 64-bit words w_j, then mixed,
-    modulo 2^64. Only the former says that two datasets are equal; the latter words a message.
-    """
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.layout: list[str] | None = None
-        self.streams: list[Any] = []
-        self.factors: list[np.ndarray] = []
-        self.sum = np.zeros(1, np.uint64)
-
-    def update(self, batch: tuple[Inputs, Tensor]) -> None:
-        """Take in the next rows."""
-        parts = list(leaves(batch))
-        layout = [f"{path}:{leaf.dtype}:{tuple(leaf.shape[1:])}" for path, leaf in parts]
-        words = [_words(leaf) for _, leaf in parts]
-        if self.layout is None:
-            self.layout = layout
-            self.streams = [hashlib.sha256() for _ in parts]
-            self.factors = [_factors(i, w.shape[1]) for i, w in enumerate(words)]
-        if layout != self.layout:
-            raise DatasetError(f"examples differ in shape or type: {self.layout} and {layout}")
-        for stream, word in zip(self.streams, words, strict=True):
-            stream.update(memoryview(cast(Any, word)))
-        keys = sum(_folded(w) @ m for w, m in zip(words, self.factors, strict=True))
-        self.sum += _mixed(cast(np.ndarray, keys)).sum(dtype=np.uint64)
-        self.rows += len(words[0])
-
-    def result(self) -> Fingerprint:
-        """The fingerprint of the rows so far."""
-        head = f"{self.rows};{self.layout};".encode()
-        streams = b"".join(stream.digest() for stream in self.streams)
-        ordered = hashlib.sha256(head + streams).hexdigest()
-        unordered = hashlib.sha256(head + self.sum.tobytes()).hexdigest()
-        return Fingerprint(self.rows, ordered, unordered)
-
-
-def _words(leaf: Tensor) -> np.ndarray:
-    """A tensor's bytes as (rows, 64-bit words), each row filled up with zeros."""
-    flat = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    data = flat.reshape(len(leaf), flat.size // len(leaf))
-    missing = -data.shape[1] % 8
-    if missing:
-        data = np.pad(data, ((0, 0), (0, missing)))
-    return cast(np.ndarray, data.view(np.uint64))
-
-
-def _folded(words: np.ndarray) -> np.ndarray:
-    """Bits spread and high ones folded down: else changes of two highest bits cancel in the sum."""
-    spread = words * np.uint64(0x9E3779B97F4A7C15)
-    return cast(np.ndarray, spread ^ (spread >> np.uint64(32)))
-
-
-def _factors(position: int, words: int) -> np.ndarray:
-    return np.random.SeedSequence([position, words]).generate_state(words, np.uint64)
-
-
-def _mixed(keys: np.ndarray) -> np.ndarray:
-    """Every bit of a key spread over all of them (the finaliser of SplitMix64)."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
-    return cast(np.ndarray, keys ^ (keys >> np.uint64(31)))
 
 
 def size(dataset: Any) -> int:

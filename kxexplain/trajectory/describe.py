@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kxexplain.errors import ArgumentError
-from kxexplain.trajectory.batches import fingerprint
+from kxexplain.trajectory.fingerprints import fingerprint
 from kxexplain.trajectory.keep import Keep
 from kxexplain.trajectory.losses import LossFunction, resolve
 from kxexplain.trajectory.records import Manifest

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, cast
 import numpy as np
 
 from kxexplain.errors import TrajectoryError
-from kxexplain.trajectory.batches import Fingerprint
+from kxexplain.trajectory.fingerprints import Fingerprint
 
 FORMAT = "kxexplain-trajectory"
 FORMAT_VERSION = 1

@@ -86,7 +86,8 @@ def encode(state: State) -> bytes:
         },
         "extra": state.extra,
     }
-    return safetensors.torch.save({k: _own(t) for k, t in tensors.items()}, {"rest": json.dumps(rest)})
+    seen: set[int] = set()
+    return safetensors.torch.save({k: _own(t, seen) for k, t in tensors.items()}, {"rest": json.dumps(rest)})
 
 
 def decode(data: bytes) -> State:
@@ -155,6 +156,11 @@ def _optimizer_tensors(state: State) -> Iterator[tuple[str, str, Tensor]]:
                 yield name, key, value
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU that shares memory with no other tensor."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+def _own(tensor: Tensor, seen: set[int]) -> Tensor:
+    """The tensor, contiguous, on the CPU; a copy if it shares its memory, which the format refuses."""
+    here = tensor.detach().cpu().contiguous()
+    whole = here.untyped_storage().nbytes() == here.nbytes
+    if whole and here.data_ptr() not in seen:
+        seen.add(here.data_ptr())
+        return here
+    return here.clone()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError, DatasetError, TrajectoryError
-from kxexplain.trajectory.batches import fingerprint
+from kxexplain.trajectory.fingerprints import fingerprint
 from kxexplain.trajectory.log import Modes, Reader, Steps
 from kxexplain.trajectory.losses import OWN, LossFunction, resolve
 from kxexplain.trajectory.records import Manifest, StateRecord, TensorRecord

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +8,9 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from kxexplain.errors import ArgumentError, DatasetError, ModelError
-from kxexplain.trajectory import batches
-from kxexplain.trajectory.batches import call, count, fetch, fingerprint, outputs_2d, take
+from kxexplain.trajectory.batches import call, count, fetch, outputs_2d, take
+from kxexplain.trajectory import fingerprints
+from kxexplain.trajectory.fingerprints import fingerprint
 
 X = torch.randn(11, 2, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(11) % 3
@@ -111,7 +113,7 @@ def test_outputs_2d(shape, expected):
 @pytest.mark.parametrize("data", SAME.values(), ids=SAME.keys())
 def test_fingerprint_depends_on_the_examples_alone(data, chunk, monkeypatch):
     expected = fingerprint(SAME["tensors"])
-    monkeypatch.setattr(batches, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(fingerprints, "CHUNK_BYTES", chunk)
     assert fingerprint(data) == expected
 
 
@@ -182,6 +184,6 @@ class Endless(IterableDataset):
     ],
 )
 def test_datasets_that_cannot_be_trained_on(data, words, monkeypatch):
-    monkeypatch.setattr(batches, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(fingerprints, "CHUNK_BYTES", 1)
     with pytest.raises(DatasetError, match=words):
         fingerprint(data)
