@@ -76,9 +76,7 @@ class Case:
     kind: frozenset[str] = field(default_factory=frozenset)
     seed: int = 0
 
-    def build(
-        self, dtype: torch.dtype = torch.float64, *, examples: int = EXAMPLES, queries: int = QUERIES
-    ) -> Problem:
+    def build(self, dtype: torch.dtype = torch.float64, *, examples: int = EXAMPLES, queries: int = QUERIES) -> Problem:
         """The problem, from the case's seed; neither default dtype nor generator is changed."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -133,9 +131,7 @@ def dicts(count: int) -> list[dict[str, Tensor]]:
 
 def mlp(activation: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        return nn.Sequential(
-            nn.Linear(6, 8), activation(), nn.Linear(8, 7), activation(), nn.Linear(7, CLASSES)
-        )
+        return nn.Sequential(nn.Linear(6, 8), activation(), nn.Linear(8, 7), activation(), nn.Linear(7, CLASSES))
 
     return make
 
@@ -172,7 +168,13 @@ class Encoder(nn.Module):
     """Token and positional embeddings, transformer encoder layers, and a readout."""
 
     def __init__(
-        self, *, batch_first: bool = True, readout: str = "mean", norm_first: bool = True, mask: bool = False
+        self,
+        *,
+        batch_first: bool = True,
+        readout: str = "mean",
+        norm_first: bool = True,
+        mask: bool = False,
+        depth: int = 1,
     ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(7, 8), nn.Embedding(5, 8)
@@ -180,7 +182,7 @@ class Encoder(nn.Module):
             nn.TransformerEncoderLayer(
                 8, 2, 12, dropout=0.0, activation="gelu", batch_first=batch_first, norm_first=norm_first
             )
-            for _ in range(2)
+            for _ in range(depth)
         )
         self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, CLASSES)
         self.batch_first, self.readout, self.mask = batch_first, readout, mask
@@ -213,9 +215,7 @@ class Causal(nn.Module):
     def forward(self, words: Tensor) -> Tensor:
         n, length = words.shape
         h = torch.cat([self.start.expand(n, -1, -1), self.words(words)], 1) + self.place[: length + 1]
-        q, k, v = (
-            t.view(n, length + 1, 2, 4).transpose(1, 2) for t in self.qkv(self.norms[0](h)).chunk(3, -1)
-        )
+        q, k, v = (t.view(n, length + 1, 2, 4).transpose(1, 2) for t in self.qkv(self.norms[0](h)).chunk(3, -1))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, -1, 8)
         h = h + self.gain * self.out(mixed)
         return self.norms[1](h)[:, -1, :CLASSES] * 2.0
@@ -505,7 +505,7 @@ TABLE: list[Case] = [
     Case("cnn-max", cnn(nn.MaxPool2d, nn.ReLU), images, smooth=False, kind=ISSUE),
     Case("cnn-average", cnn(nn.AvgPool2d, nn.GELU), images, kind=ISSUE),
     Case("residual-batch-norm", Residual, images, smooth=False, kind=_kinds("issue", "batch-norm")),
-    Case("encoder", Encoder, tokens, kind=ISSUE),
+    Case("encoder", lambda: Encoder(depth=2), tokens, kind=ISSUE),
     Case("encoder-post-norm", lambda: Encoder(norm_first=False), tokens),
     Case("encoder-time-first", lambda: Encoder(batch_first=False), tokens, kind=ISSUE),
     Case("encoder-time-first-readout", lambda: Encoder(batch_first=False, readout="first"), tokens),

@@ -9,9 +9,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--dtype", choices=sorted(DTYPES), default="float64", help="precision that the tests compute in"
-    )
+    parser.addoption("--dtype", choices=sorted(DTYPES), default="float64", help="precision that the tests compute in")
     parser.addoption("--device", default="cpu", help="device that the tests compute on")
 
 

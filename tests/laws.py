@@ -34,10 +34,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def incompleteness(explanation: Explanation) -> float:
     """‖prediction − baseline − Σ contributions − other lines‖ / ‖prediction − baseline‖, from the lines shown."""
-    wide = {
-        name: getattr(explanation, name).double()
-        for name in ("prediction", "baseline", "contributions", *LINES)
-    }
+    wide = {name: getattr(explanation, name).double() for name in ("prediction", "baseline", "contributions", *LINES)}
     change = wide["prediction"] - wide["baseline"]
     missing = change - wide["contributions"].sum(1) - sum(wide[name] for name in LINES)
     return float(missing.norm() / change.norm())
@@ -69,9 +66,7 @@ def assert_timeline_agrees(explanation: Explanation, tolerance: float) -> None:
     """The timeline's totals add up to the bill's lines, its shares to the examples' contributions."""
     line = explanation.timeline
     for name in LINES:
-        torch.testing.assert_close(
-            line.totals[name].sum(0), getattr(explanation, name), atol=tolerance, rtol=tolerance
-        )
+        torch.testing.assert_close(line.totals[name].sum(0), getattr(explanation, name), atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(
         line.totals["contributions"].sum(0), explanation.contributions.sum(1), atol=tolerance, rtol=tolerance
     )
@@ -106,9 +101,7 @@ def assert_same_bill(first: Explanation, second: Explanation, tolerance: float) 
     """Two explanations of the same queries agree line by line."""
     assert_close(first.contributions, second.contributions, tolerance)
     for name in ("baseline", "prediction", *LINES):
-        torch.testing.assert_close(
-            getattr(first, name), getattr(second, name), atol=tolerance, rtol=tolerance
-        )
+        torch.testing.assert_close(getattr(first, name), getattr(second, name), atol=tolerance, rtol=tolerance)
 
 
 def assert_batching_irrelevant(whole: Explanation, parts: Sequence[Explanation], tolerance: float) -> None:
@@ -120,16 +113,12 @@ def assert_batching_irrelevant(whole: Explanation, parts: Sequence[Explanation],
     )
 
 
-def assert_query_order_irrelevant(
-    first: Explanation, second: Explanation, order: Tensor, tolerance: float
-) -> None:
+def assert_query_order_irrelevant(first: Explanation, second: Explanation, order: Tensor, tolerance: float) -> None:
     """Query ``order[i]`` of the first is query i of the second."""
     assert_close(second.contributions, first.contributions[order], tolerance)
 
 
-def assert_permutes_with_data(
-    first: Explanation, second: Explanation, order: Tensor, tolerance: float
-) -> None:
+def assert_permutes_with_data(first: Explanation, second: Explanation, order: Tensor, tolerance: float) -> None:
     """Example ``order[j]`` of the first is example j of the second."""
     assert_close(second.contributions, first.contributions[:, order], tolerance)
 

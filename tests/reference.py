@@ -26,7 +26,7 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def flat(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     """One vector out of a model's gradients; ``None`` is zero."""
-    return torch.cat([(torch.zeros_like(p) if t is None else t).flatten() for t, p in zip(tensors, like)])
+    return torch.cat([(torch.zeros_like(p) if t is None else t).flatten() for t, p in zip(tensors, like, strict=True)])
 
 
 def one(inputs: Any, index: int) -> Any:
@@ -83,7 +83,7 @@ def vector(model: nn.Module) -> Tensor:
 def gauss_legendre(nodes: int) -> list[tuple[float, float]]:
     """Positions and weights on [0, 1]."""
     x, w = np.polynomial.legendre.leggauss(nodes)
-    return [(float((a + 1) / 2), float(b / 2)) for a, b in zip(x, w)]
+    return [(float((a + 1) / 2), float(b / 2)) for a, b in zip(x, w, strict=True)]
 
 
 def path_gradient(
@@ -100,8 +100,16 @@ def path_gradient(
 
 
 def path_integral(
-    model: nn.Module, data: Any, loss: Any, batches: Sequence[Sequence[int]], rate: float, inputs: Any,
-    *, nodes: int | list[tuple[float, float]] = 64, select: Select | None = None, stride: int = 1,
+    model: nn.Module,
+    data: Any,
+    loss: Any,
+    batches: Sequence[Sequence[int]],
+    rate: float,
+    inputs: Any,
+    *,
+    nodes: int | list[tuple[float, float]] = 64,
+    select: Select | None = None,
+    stride: int = 1,
 ) -> Tensor:
     """Contributions by the path integral, [q, n, c]: SGD redone by hand from the model's present weights.
 
@@ -124,7 +132,7 @@ def path_integral(
         if contributions is None:
             contributions = gradient.new_zeros(gradient.shape[0], len(data), gradient.shape[1])
         for indices, each in updates:
-            for i, update in zip(indices, each):
+            for i, update in zip(indices, each, strict=True):
                 contributions[:, i] += gradient @ update
     assert contributions is not None
     return contributions

@@ -36,7 +36,8 @@ def softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TwoPoin
     start, end = start.exp(), end.exp()
     weights = mean / mean.sum(dim, keepdim=True)
     with u.tracer.watching():
-        middle = mean * (u.middle - (weights * u.middle).sum(dim, keepdim=True))
+        finite = u.middle.masked_fill(~u.middle.isfinite(), 0.0)  # masked out: L = 0 there
+        middle = mean * (finite - (weights * finite).sum(dim, keepdim=True))
     return TwoPoint(start, end, settle(middle, start, end, u.tracer), u.tracer)
 
 
@@ -49,7 +50,7 @@ def logsumexp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TwoPo
     with torch.no_grad():
         start, end = u.start.logsumexp(dim, keepdim), u.end.logsumexp(dim, keepdim)
     with u.tracer.watching():
-        middle = (weights * u.middle).sum(dim, keepdim=keepdim)
+        middle = (weights * u.middle.masked_fill(~u.middle.isfinite(), 0.0)).sum(dim, keepdim=keepdim)
     return TwoPoint(start, end, settle(middle, start, end, u.tracer), u.tracer)
 
 
@@ -110,7 +111,7 @@ def minimum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def prelu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """relu(x) − w relu(−x), w along axis 1."""
-    x, weight = args
+    x, weight = args if len(args) == 2 else (args[0], kwargs["weight"])
     if weight.numel() > 1:
         weight = weight.reshape(-1, *[1] * (x.dim() - 2))
     return torch.relu(x) - weight * torch.relu(-x)
@@ -161,27 +162,29 @@ def cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     """log_softmax, which is exact, then an operation linear in it."""
     names = ("target", "weight", "reduction", "ignore_index", "label_smoothing")
     given = dict(zip(names, args[1:], strict=False)) | kwargs
-    target, smoothing = given["target"], given.get("label_smoothing") or 0.0
-    if given.get("weight") is not None or given.get("ignore_index", -100) != -100:
-        raise Untraceable("cross entropy with class weights")
+    target, smoothing, weight = given["target"], given.get("label_smoothing") or 0.0, given.get("weight")
     logarithms = torch.log_softmax(args[0], 1)
+    classes = logarithms.shape[1]
+    along = (1, classes, *[1] * (logarithms.dim() - 2))
+    weighted = logarithms if weight is None else logarithms * weight.view(along)
     if target.is_floating_point():
-        losses = -(logarithms * ((1 - smoothing) * target + smoothing / logarithms.shape[1])).sum(1)
-    else:
-        losses = -logarithms.gather(1, target.unsqueeze(1)).squeeze(1)
-        if smoothing:
-            losses = (1 - smoothing) * losses - smoothing * logarithms.mean(1)
-    return _reduced(losses, given.get("reduction", 1))
+        losses = -(weighted * ((1 - smoothing) * target + smoothing / classes)).sum(1)
+        return _reduced(losses, given.get("reduction", 1), losses.numel())
+    kept = target != given.get("ignore_index", -100)
+    index = target.masked_fill(~kept, 0).unsqueeze(1)
+    losses = -(1 - smoothing) * weighted.gather(1, index).squeeze(1) - smoothing * weighted.mean(1)
+    shares = kept.to(losses.dtype) if weight is None else weight[index.squeeze(1)] * kept
+    return _reduced(losses * kept, given.get("reduction", 1), shares.sum())
 
 
-def _reduced(losses: Any, reduction: int) -> Any:
-    return losses if reduction == 0 else losses.mean() if reduction == 1 else losses.sum()
+def _reduced(losses: Any, reduction: int, count: Any) -> Any:
+    return losses if reduction == 0 else losses.sum() / count if reduction == 1 else losses.sum()
 
 
 def mse(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """(a − b)², then the reduction asked for."""
     squares = (args[0] - args[1]).square()
-    return _reduced(squares, args[2] if len(args) > 2 else kwargs.get("reduction", 1))
+    return _reduced(squares, args[2] if len(args) > 2 else kwargs.get("reduction", 1), squares.numel())
 
 
 def read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

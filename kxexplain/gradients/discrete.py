@@ -13,7 +13,7 @@ from kxexplain.gradients.factors import Dense, Factors, concatenate, signature
 from kxexplain.gradients.ordinary import differentiate, layout_of
 from kxexplain.gradients.products import dot
 from kxexplain.gradients.secant import rank_one_residual
-from kxexplain.gradients.two_point import Substitution, Trace, TwoPoint, Untraceable
+from kxexplain.gradients.two_point import Extent, Place, Substitution, Trace, TwoPoint, Untraceable
 from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory.batches import call, count, outputs_2d, take
 
@@ -65,6 +65,7 @@ class DiscreteGradient:
         variables = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.variables = {name: variables[name] for name in names}
         self.layout: Layout | None = None
+        self.extents: dict[tuple[Place, int], Extent] = {}
         self.one_by_one = False
         self.traceable: bool | None = None
 
@@ -143,20 +144,28 @@ class DiscreteGradient:
     def _run(
         self, start: Tensors, end: Tensors, leaves: Tensors, inputs: Inputs, capture: Capture
     ) -> tuple[Tensor, Trace]:
-        trace = Trace(count(inputs), capture)
-        pairs = {id(self.variables[name]): TwoPoint(start[name], end[name], leaves[name], trace) for name in self.names}
+        trace = Trace(count(inputs), capture, self.extents)
+        pairs = {}
+        for name in self.names:
+            pair = TwoPoint(start[name], end[name], leaves[name], trace)
+            pair.extent = Extent.FIXED
+            pairs[id(self.variables[name])] = pair
         with torch.enable_grad(), Substitution(pairs, trace):
             return outputs_2d(call(self.model, inputs)), trace
 
     def _measure(self, start: Tensors, end: Tensors, leaves: Tensors, inputs: Inputs) -> Layout:
         size = 1 if self.one_by_one else count(inputs)
+        traces: dict[int, Trace] = {}
+        self.extents = {}
 
         def run(rows: int, capture: Capture) -> Tensor:
             batch = take(inputs, torch.arange(rows) % size)
-            outputs, _ = self._run(start, end, leaves, batch, capture)
+            outputs, traces[rows] = self._run(start, end, leaves, batch, capture)
             return outputs.middle if isinstance(outputs, TwoPoint) else outputs
 
-        return measure(run, leaves)
+        layout = measure(run, leaves)
+        self.extents = _extents(traces[2].shapes, traces[3].shapes)
+        return layout
 
     def _set(self, values: Tensors) -> None:
         with torch.no_grad():
@@ -181,6 +190,19 @@ class DiscreteGradient:
         tolerance = torch.finfo(outputs.start.dtype).eps ** 0.5
         pairs = ((outputs.start, self._plain(start, batch)), (outputs.end, self._plain(end, batch)))
         return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max())) for a, b in pairs)
+
+
+def _extents(
+    two: dict[tuple[Place, int], torch.Size], three: dict[tuple[Place, int], torch.Size]
+) -> dict[tuple[Place, int], Extent]:
+    """What every operation's outputs hold, from their shapes for two and for three examples."""
+    found = {}
+    for key, shape in two.items():
+        if shape == three.get(key):
+            found[key] = Extent.FIXED
+        elif key in three and shape[0] == 2 and (3, *shape[1:]) == tuple(three[key]):
+            found[key] = Extent.EXAMPLES
+    return found
 
 
 def _joined(parts: list[Secant]) -> Secant:

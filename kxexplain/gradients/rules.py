@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from kxexplain.gradients.interception import name_of
 from kxexplain.gradients.secant import kinked_slope, rank_one_residual, relu_slope, slope
 from kxexplain.gradients.two_point import (
+    Extent,
     Trace,
     TwoPoint,
     Untraceable,
@@ -58,6 +59,8 @@ def _pair(start: Any, end: Any, middle: Any, trace: Trace, settled: bool) -> Any
         if start != end:
             raise Untraceable(f"the forward code reads a value that changes along training: {start!r}, {end!r}")
         return start
+    if start.is_complex():
+        raise Untraceable("complex numbers are not followed; the model counts as one operation")
     if start.shape != end.shape:
         raise Untraceable(f"an operation returned {tuple(start.shape)} at one end and {tuple(end.shape)} at the other")
     if not start.is_floating_point():
@@ -68,7 +71,8 @@ def _pair(start: Any, end: Any, middle: Any, trace: Trace, settled: bool) -> Any
 def settle(middle: Tensor, start: Tensor, end: Tensor, trace: Trace) -> Tensor:
     """The middle's graph with the mean of the ends for value, on which later midpoint derivatives rely."""
     with trace.watching():
-        return middle + ((start + end) / 2 - middle.detach())
+        shift = (start + end) / 2 - middle.detach()
+        return middle + torch.where(shift.isfinite(), shift, 0.0)
 
 
 def same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,39 +124,40 @@ def secant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     Source: O. Gonzalez, "Time integration and discrete Hamiltonian systems", 1996, eq. 2.7.
     """
     inputs = two_points((args, kwargs))
-    moved, trace = [t for t in inputs if t.is_floating_point()], inputs[0].tracer
+    moved = list({id(t): t for t in inputs if t.is_floating_point()}.values())
+    trace = inputs[0].tracer
+    place = trace.place
     starts, ends = both_ends(func, args, kwargs)
     middles, shape = tree_flatten(in_middle(func, args, kwargs))
     pushed = _pushforward(func, args, kwargs, moved)
     leaves = zip(middles, tree_flatten(starts)[0], tree_flatten(ends)[0], pushed, strict=True)
-    corrected = [_corrected(middle, start, end, push, moved, trace) for middle, start, end, push in leaves]
+    corrected = [
+        _corrected(middle, start, end, push, moved, trace.per_example(place, leaf, moved), trace)
+        for leaf, (middle, start, end, push) in enumerate(leaves)
+    ]
     return _join(starts, ends, tree_unflatten(corrected, shape), trace)
 
 
-def _corrected(middle: Any, start: Any, end: Any, push: Tensor | None, inputs: list[TwoPoint], trace: Trace) -> Any:
+def _corrected(
+    middle: Any, start: Any, end: Any, push: Tensor | None, inputs: list[TwoPoint], each: bool, trace: Trace
+) -> Any:
     """The middle output with r ⟨Δu, ū⟩/‖Δu‖² added to its graph, where r = v'−v−JΔu."""
     if not isinstance(middle, Tensor) or not middle.is_floating_point() or start.shape != end.shape:
         return middle
     residual = end - start if push is None else end - start - push
     middle = middle.detach() if push is None else middle
-    rows = _rows(middle, trace)
-    if rows == 1 and trace.rows > 1:
-        trace.mixed = True
+    rows = trace.rows if each else 1
     residual = residual.reshape(rows, -1)
     step_norm, along = residual.new_zeros(rows, 1), residual.new_zeros(rows, 1)
     with trace.watching():
         for u in inputs:
             width = u.end - u.start
-            per_row = _rows(u, trace) if rows > 1 else 1
+            per_row = rows if u.extent is Extent.EXAMPLES else 1
             step_norm = step_norm + width.reshape(per_row, -1).square().sum(1, keepdim=True)
             along = along + (width * u.middle).reshape(per_row, -1).sum(1, keepdim=True)
         if bool(((step_norm == 0) & (residual != 0)).any()):
             trace.inexact = True
         return middle + (rank_one_residual(residual, step_norm) * along).reshape(middle.shape)
-
-
-def _rows(value: Tensor, trace: Trace) -> int:
-    return trace.rows if value.dim() > 0 and value.shape[0] == trace.rows else 1
 
 
 def _pushforward(
@@ -174,7 +179,7 @@ def _pushforward(
 def _push(value: Any, points: list[Tensor], widths: list[Tensor]) -> Tensor | None:
     if not isinstance(value, Tensor) or not value.requires_grad:
         return None
-    cotangent = torch.zeros_like(value, requires_grad=True)
+    cotangent = torch.ones_like(value, requires_grad=True)
     try:
         pulled = torch.autograd.grad(value, points, cotangent, create_graph=True, allow_unused=True)
         pairs = [(g, w) for g, w in zip(pulled, widths, strict=True) if g is not None and g.requires_grad]
@@ -183,7 +188,7 @@ def _push(value: Any, points: list[Tensor], widths: list[Tensor]) -> Tensor | No
         (push,) = torch.autograd.grad([g for g, _ in pairs], cotangent, [w for _, w in pairs])
     except (RuntimeError, NotImplementedError):
         return None
-    return push.detach()
+    return push.detach() if bool(push.isfinite().all()) else None
 
 
 def assign(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

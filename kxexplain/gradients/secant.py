@@ -53,7 +53,11 @@ def slope(function: Elementwise, start: Tensor, end: Tensor, values: tuple[Tenso
     if not bool(close.any()):
         return rise / width
     middle, offset = (start + end) / 2, width * _GAUSS_NODE
-    mean = (derivative(function, middle - offset) + derivative(function, middle + offset)) / 2
+    low, high = derivative(function, middle - offset), derivative(function, middle + offset)
+    mean = (low + high) / 2
+    # Near a pole a width that looks narrow is not: there the midpoint and Gauss disagree, and the quotient serves.
+    bend = (mean - derivative(function, middle)).abs()
+    close &= (bend <= narrow**2 * (low.abs() + high.abs())) | (width == 0)
     return torch.where(close, mean, rise / torch.where(close, torch.ones_like(width), width))
 
 
@@ -94,7 +98,7 @@ def logarithmic_mean(log_start: Tensor, log_end: Tensor) -> Tensor:
     >>> logarithmic_mean(torch.tensor([0.0, 0.0]), torch.tensor([0.0, -1.0]))
     tensor([1.0000, 0.6321])
     """
-    gap = (log_end - log_start).abs()
+    gap = torch.nan_to_num((log_end - log_start).abs(), nan=0.0, posinf=torch.inf)  # both −∞: L(0, 0) = 0
     ratio = torch.where(gap == 0, torch.ones_like(gap), -torch.expm1(-gap) / gap.masked_fill(gap == 0, 1.0))
     return torch.maximum(log_start, log_end).exp() * ratio
 

@@ -28,7 +28,7 @@ QUADRATIC = """
     upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d pixel_shuffle
     pixel_unshuffle channel_shuffle native_channel_shuffle cross vdot embedding_bag fold as_strided new_tensor iter
     where nll_loss_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d _pad_circular _pad
-    fft_rfft alias
+    alias
 """.split()
 SMOOTH = """
     tanh sigmoid exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan sinh cosh asin acos atan asinh acosh atanh
@@ -40,7 +40,7 @@ KINKED: dict[str, tuple[float, ...]] = {
 }  # fmt: skip
 PIECEWISE_LINEAR = """
     leaky_relu rrelu relu6 hardtanh hardsigmoid clamp clamp_min clamp_max threshold softshrink hardshrink sign round
-    floor ceil trunc frac heaviside
+    floor ceil trunc frac
 """.split()
 """Elementwise and of constant slope between kinks: the plain quotient, which cannot lose digits."""
 READS = "item tolist numpy bool int float index array complex contains format repr str".split()

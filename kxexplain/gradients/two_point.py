@@ -8,9 +8,10 @@ the discrete gradient D with ⟨D, θ'−θ⟩ = f(θ')−f(θ), exactly and for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -37,6 +38,18 @@ class Watch(Protocol):
     def __exit__(self, *details: Any) -> None: ...
 
 
+class Extent(Enum):
+    """What a tensor's shape was measured to hold."""
+
+    EXAMPLES = "one row per example, along the first axis"
+    FIXED = "the same whatever the number of examples"
+    OTHER = "examples along another axis, or not measured"
+
+
+Place = tuple[int, int]
+"""Which call of the forward code, and which operation within it."""
+
+
 @dataclass
 class Trace:
     """One pass over the forward code.
@@ -45,15 +58,43 @@ class Trace:
         rows: number of examples in the batch; the first axis of what is taken per example.
         watch: entered around every operation on middle values (the capture of parameter uses).
         call: how many calls the forward code has made.
+        extents: what the outputs of every operation hold; empty while that is being measured.
+        shapes: the outputs' shapes met, by place and position in the output.
+        place: the operation being carried through.
         inexact: some operation had no exact linear map (a comparison flipped with nothing to lay it on).
         mixed: an operation without a rule had no example axis, so its secant joined the examples.
     """
 
     rows: int
     watch: Watch
+    extents: Mapping[tuple[Place, int], Extent] = field(default_factory=dict)
+    shapes: dict[tuple[Place, int], torch.Size] = field(default_factory=dict)
     call: int = 0
+    place: Place = (0, 0)
     inexact: bool = False
     mixed: bool = False
+
+    def step(self) -> Place:
+        """On to the next operation."""
+        self.place = (self.call, self.place[1] + 1 if self.place[0] == self.call else 0)
+        return self.place
+
+    def met(self, place: Place, output: Any) -> None:
+        """Note what an operation's outputs hold."""
+        for leaf, value in enumerate(tree_iter(output)):
+            if isinstance(value, Tensor):
+                self.shapes[place, leaf] = value.shape
+                if isinstance(value, TwoPoint):
+                    value.extent = self.extents.get((place, leaf), Extent.OTHER)
+
+    def per_example(self, place: Place, leaf: int, inputs: list[TwoPoint]) -> bool:
+        """Whether an operation without a rule may be taken example by example; notes if it joins them."""
+        extent, others = self.extents.get((place, leaf), Extent.OTHER), {u.extent for u in inputs}
+        if extent is Extent.EXAMPLES and Extent.OTHER not in others:
+            return True
+        if not (extent is Extent.FIXED and others == {Extent.FIXED}) and self.rows > 1:
+            self.mixed = True
+        return False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -70,6 +111,7 @@ class TwoPoint(Tensor):
     end: Tensor
     middle: Tensor
     tracer: Trace
+    extent: Extent
 
     @staticmethod
     def __new__(cls, start: Tensor, end: Tensor, middle: Tensor, trace: Trace) -> TwoPoint:
@@ -78,6 +120,7 @@ class TwoPoint(Tensor):
             cls, start.shape, dtype=start.dtype, device=start.device, requires_grad=False
         )
         made.start, made.end, made.middle, made.tracer = start, end, middle, trace
+        made.extent = Extent.OTHER
         return made
 
     def __init__(self, *_: Any) -> None:
@@ -98,6 +141,7 @@ class TwoPoint(Tensor):
     def become(self, other: TwoPoint) -> TwoPoint:
         """Take the other's values, as an in-place operation does."""
         self.start, self.end, self.middle = other.start, other.end, other.middle
+        self.extent = other.extent
         return self
 
 
@@ -135,11 +179,20 @@ METADATA = frozenset(
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry one call through: by its rule if it has one, through its body if composite, else by secant."""
-    from kxexplain.gradients import rules, table  # they are written with the tensors of this module
-
     name = name_of(func)
+    args, kwargs = _leading(args, kwargs)
     if name in METADATA or name.startswith("set:"):
         return at("start", func, args, kwargs)
+    trace = two_points((args, kwargs))[0].tracer
+    place = trace.step()
+    output = _carry(func, name, args, kwargs)
+    trace.met(place, output)
+    return output
+
+
+def _carry(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from kxexplain.gradients import rules, table  # they are written with the tensors of this module
+
     rule, body = table.RULES.get(name), transparent(func)
     if body is not None and (rule is None or func.__module__ != "torch._tensor"):
         return body(*args, **kwargs)
@@ -149,6 +202,14 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if original is not None and isinstance(args[0], TwoPoint):
         return args[0].become(dispatch(original, args, kwargs))
     return rules.secant(func, args, kwargs)
+
+
+def _leading(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Operands given by name, put where rules look for them."""
+    for place, name in ((0, "input"), (1, "other"), (1, "exponent")):
+        if name in kwargs and len(args) == place:
+            args, kwargs = (*args, kwargs[name]), {k: v for k, v in kwargs.items() if k != name}
+    return args, kwargs
 
 
 def is_two_point(value: Any) -> bool:

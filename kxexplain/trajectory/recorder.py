@@ -18,9 +18,9 @@ from kxexplain.trajectory import keep as keeping
 from kxexplain.trajectory.describe import check_budget, describe
 from kxexplain.trajectory.losses import LossFunction
 from kxexplain.trajectory.observe import Observer
-from kxexplain.trajectory.records import Manifest, StepRecord
+from kxexplain.trajectory.records import Manifest
 from kxexplain.trajectory.states import capture_state, encode, finite
-from kxexplain.trajectory.store import Writer, prepare
+from kxexplain.trajectory.store import Row, Writer, prepare
 from kxexplain.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
@@ -184,9 +184,9 @@ class Recorder:
                 "trajectory is good up to its last state. Lower the learning rate, or check the data"
             )
         number, ended = self._count_epoch(epoch, len(batch))
-        step = StepRecord(observer.step, number, observer.rates, batch, value, observer.norm, sign, clip)
+        row = Row(observer.step, number, observer.rates, batch, value, observer.norm, sign, clip)
         modes = observer.new_modes()
-        writer.append(step, rng=observer.logged(), modes=modes)
+        writer.append(row, rng=observer.logged(), modes=modes)
         if self._keep.wants(observer.step, epoch_ended=ended):
             self._save(kept=True)
             self._thin()
@@ -254,19 +254,25 @@ class Recorder:
         return writer
 
 
-def _checked(indices: Sequence[int] | np.ndarray | Tensor, count: int) -> np.ndarray:
-    """The indices as an own int64 array of at least one element, each in [0, count)."""
-    values = indices.tolist() if isinstance(indices, (Tensor, np.ndarray)) else list(indices)
-    batch = np.array(values)
-    if batch.ndim != 1 or batch.size == 0 or batch.dtype.kind not in "iu":
-        raise ArgumentError(f"indices must be a list of dataset indices, got shape {batch.shape} of {batch.dtype}")
+def _checked(indices: Sequence[int] | np.ndarray | Tensor, count: int) -> list[int]:
+    """The indices as a list of at least one integer, each in [0, count)."""
+    if not isinstance(indices, Tensor):
+        indices = np.asarray(indices)
+        integers = indices.dtype.kind in "iu"
+    else:
+        integers = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
+    if indices.ndim != 1 or not integers or len(indices) == 0:
+        raise ArgumentError(
+            f"indices must be a list of dataset indices, got shape {tuple(indices.shape)} of {indices.dtype}"
+        )
+    values: list[int] = indices.tolist()
     least, most = min(values), max(values)
     if least < 0 or most >= count:
         raise ArgumentError(
             f"indices run from {least} to {most}, but the dataset has examples 0 to {count - 1}; "
             "give dataset indices, not positions in a loader's order"
         )
-    return batch
+    return values
 
 
 def _number(loss: float | Tensor) -> float:

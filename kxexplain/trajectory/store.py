@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kxexplain.errors import TrajectoryError
-from kxexplain.trajectory.records import StateRecord, StepRecord
+from kxexplain.trajectory.records import StateRecord
 from kxexplain.trajectory.rng import RngState
 
 MANIFEST, LOG, STATES = "manifest.json", "steps.sqlite", "states"
@@ -112,6 +113,28 @@ def _clear(path: Path) -> None:
             file.unlink()
 
 
+class Row(NamedTuple):
+    """A step about to be logged; the fields are those of a ``StepRecord``, cheap to gather."""
+
+    step: int
+    epoch: int
+    rates: tuple[float, ...]
+    indices: list[int]
+    loss: float
+    gradient_norm: float
+    sign: int
+    clip: float
+
+    def columns(self) -> tuple[Any, ...]:
+        """The columns of the table ``steps``."""
+        rates, indices = np.array(self.rates, "<f8"), np.array(self.indices, "<i8")
+        loss = None if math.isnan(self.loss) else self.loss
+        return (
+            *(self.step, self.epoch, rates.tobytes(), indices.tobytes()),
+            *(loss, self.gradient_norm, self.sign, float(self.clip)),
+        )
+
+
 class Writer:
     """Appends to a trajectory. Rows are gathered and written every half second or 256 steps."""
 
@@ -119,7 +142,7 @@ class Writer:
         self.path = path
         self.states: dict[int, StateRecord] = {}
         self.kept: set[int] = set()
-        self._steps: list[StepRecord] = []
+        self._rows: list[Row] = []
         self._side: list[tuple[str, tuple[Any, ...]]] = []
         self._flushed = time.monotonic()
         self._digest = hashlib.sha256()
@@ -164,36 +187,36 @@ class Writer:
 
     def append(
         self,
-        record: StepRecord,
+        row: Row,
         *,
         rng: RngState | None = None,
         modes: tuple[Sequence[str], Sequence[str]] | None = None,
     ) -> None:
         """Log a step; ``rng`` and ``modes`` (training, frozen) where they differ from before."""
-        self._steps.append(record)
+        self._rows.append(row)
         for device, state in (rng or {}).items():
-            self._side.append(("INSERT INTO rng VALUES (?,?,?)", (record.step, device, state)))
+            self._side.append(("INSERT INTO rng VALUES (?,?,?)", (row.step, device, state)))
         if modes is not None:
-            row = (record.step, json.dumps(list(modes[0])), json.dumps(list(modes[1])))
-            self._side.append(("INSERT INTO modes VALUES (?,?,?)", row))
+            values = (row.step, json.dumps(list(modes[0])), json.dumps(list(modes[1])))
+            self._side.append(("INSERT INTO modes VALUES (?,?,?)", values))
         due = time.monotonic() - self._flushed > FLUSH_SECONDS
-        if due or len(self._steps) >= FLUSH_ROWS:
+        if due or len(self._rows) >= FLUSH_ROWS:
             self.flush()
 
     def flush(self) -> None:
         """Write the rows gathered so far, in one transaction."""
         self._flushed = time.monotonic()
-        if not self._steps and not self._side:
+        if not self._rows and not self._side:
             return
         with storage(self.path / LOG), self._transaction():
-            rows = [_row(step) for step in self._steps]
+            rows = [row.columns() for row in self._rows]
             for row in rows:
                 self._digest.update(row_bytes(row))
             self._log.executemany("INSERT INTO steps VALUES (?,?,?,?,?,?,?,?)", rows)
             self._log.execute(SET_FACT, (STEPS_DIGEST, self._digest.hexdigest()))
             for statement, values in self._side:
                 self._log.execute(statement, values)
-        self._steps, self._side = [], []
+        self._rows, self._side = [], []
 
     def put_state(self, step: int, data: bytes, *, kept: bool) -> StateRecord:
         """Write a state. One that is not ``kept`` is dropped as soon as a later one is written."""
@@ -247,20 +270,6 @@ class Writer:
             self._log.execute("ROLLBACK")
             raise
         self._log.execute("COMMIT")
-
-
-def _row(step: StepRecord) -> tuple[Any, ...]:
-    """A step as the columns of its table."""
-    return (
-        step.step,
-        step.epoch,
-        np.array(step.rates, "<f8").tobytes(),
-        step.indices.astype("<i8", copy=False).tobytes(),
-        None if np.isnan(step.loss) else step.loss,
-        step.gradient_norm,
-        step.sign,
-        step.clip,
-    )
 
 
 def _manifest_key(manifest: bytes) -> str:

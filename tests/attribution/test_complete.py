@@ -16,16 +16,17 @@ from tests import cases
 from tests.cases import CASES, Case, Problem
 from tests.inputs import HOSTILE, SPLITS, hostile
 from tests.laws import (
+    COMPLETE,
     LINES,
     assert_complete,
     assert_each_complete,
     assert_stride_irrelevant_to_total,
     assert_timeline_agrees,
 )
-from tests.runs import order, run
+from tests.runs import order, reach, run
 
 DTYPES = [torch.float64, torch.float32]
-STRIDES = [1, 2, 16, None]
+STRIDES = {torch.float64: [1, 2, 16, None], torch.float32: [1, None]}
 """Every step; not a divisor of an epoch's three; longer than the run; one segment per recorded state."""
 
 
@@ -35,7 +36,7 @@ def test_every_case_at_every_stride(name: str, dtype: torch.dtype, tmp_path: Pat
     problem = CASES[name].build(dtype)
     trajectory = run(problem, tmp_path, CASES[name].rate)
     found = []
-    for stride in STRIDES:
+    for stride in STRIDES[dtype]:
         explanation = kx.explain(
             trajectory, problem.model, problem.data, problem.queries, "all", stride=stride, kernel=False
         )
@@ -52,34 +53,27 @@ def test_every_case_at_every_stride(name: str, dtype: torch.dtype, tmp_path: Pat
             assert_stride_irrelevant_to_total(totals, 1e-10)
 
 
-def finite_rates(case: Case, dtype: torch.dtype, folder: Path) -> list[float]:
-    """0.01 and the largest rate at which training stays finite, found by doubling."""
-    rates, rate = [0.01], 0.02
-    while rate < 1e4:
-        try:
-            run(case.build(dtype), folder / f"{rate}", rate)
-        except kx.TrainingError:
-            break
-        rates.append(rate)
-        rate *= 2
-    return [rates[0], rates[-1]]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", cases.names(kind="issue"))
 def test_from_the_smallest_rate_to_the_largest(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """At the smallest rate an output's own rounding is the limit, so 14 steps are too few for float32's 1e-5."""
-    for rate in finite_rates(CASES[name], dtype, tmp_path):
+    """Up to the largest rate that trains, relative to the change; beyond, to the numbers that are summed.
+
+    A run that explodes through 1e60 and comes back cannot be accounted for to 1e-11 of where it ends by any sum of
+    floating-point numbers: its amounts are right to rounding of their own size.
+    """
+    found = reach(CASES[name], dtype)
+    for number, rate in enumerate(sorted(set(found))):
         problem = CASES[name].build(dtype)
-        trajectory = run(problem, tmp_path / "this", rate)
-        for stride in (1, None):
+        trajectory = run(problem, tmp_path / f"{number}", rate)
+        for stride in (1, None) if rate == found.training else (None,):
             explanation = kx.explain(
                 trajectory, problem.model, problem.data, problem.queries, "all", stride=stride, kernel=False
             )
-            if bool(explanation.prediction.isfinite().all()):
+            if rate <= found.training:
                 assert_complete(explanation)
-        for file in sorted((tmp_path / "this").rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
+            else:
+                summed = explanation.timeline.totals["contributions"].abs().sum(0) + explanation.baseline.abs()
+                assert float(explanation.remainder.norm()) <= COMPLETE[dtype] * float(summed.norm())
 
 
 def entropy(outputs: Tensor) -> Tensor:
@@ -98,11 +92,11 @@ TARGETS: list[Any] = [0, 2, -1, "predicted", "label", "margin", "loss", "all", e
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["mlp-relu", "encoder", "residual-batch-norm", "custom-numpy", "argmax"])
+@pytest.mark.parametrize("name", ["mlp-relu", "attention-causal", "residual-batch-norm", "custom-numpy", "argmax"])
 def test_every_target(name: str, target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
     problem = CASES[name].build(dtype)
     trajectory = run(problem, tmp_path, 0.3)
-    for stride in (1, None):
+    for stride in (2, None):
         explanation = kx.explain(
             trajectory, problem.model, problem.data, problem.queries, target, stride=stride, kernel=False
         )
@@ -126,7 +120,9 @@ def test_a_target_that_branches_or_leaves_torch(tmp_path: Path) -> None:
 def test_a_constant_target(tmp_path: Path) -> None:
     problem = CASES["mlp-tanh"].build()
     trajectory = run(problem, tmp_path)
-    found = kx.explain(trajectory, problem.model, problem.data, problem.queries, lambda f: torch.ones_like(f[:, 0].detach()))
+    found = kx.explain(
+        trajectory, problem.model, problem.data, problem.queries, lambda f: torch.ones_like(f[:, 0].detach())
+    )
     assert float(found.contributions.abs().max()) == 0
     assert float(found.remainder.abs().max()) == 0
 
@@ -285,9 +281,7 @@ def test_rates_that_change_and_vanish(tmp_path: Path) -> None:
 
     trajectory = run(problem, tmp_path, optimizer=optimizer, before_step=before)
     for stride in (1, None):
-        assert_complete(
-            kx.explain(trajectory, problem.model, problem.data, problem.queries, "all", stride=stride)
-        )
+        assert_complete(kx.explain(trajectory, problem.model, problem.data, problem.queries, "all", stride=stride))
 
 
 def test_flooding_and_clipping(tmp_path: Path) -> None:
@@ -307,9 +301,7 @@ def test_flooding_and_clipping(tmp_path: Path) -> None:
             optimizer.step()
             recorder.step(indices, loss.item(), sign=sign, clip=clip)
     for stride in (1, None):
-        explanation = kx.explain(
-            recorder.trajectory, model, problem.data, problem.queries, "all", stride=stride
-        )
+        explanation = kx.explain(recorder.trajectory, model, problem.data, problem.queries, "all", stride=stride)
         assert_complete(explanation)
         assert float(explanation.unattributed.abs().max()) < 1e-12
 

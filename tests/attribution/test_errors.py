@@ -31,13 +31,19 @@ def refused(error: type[Exception], trained: tuple[Problem, kx.Trajectory], **ch
         "model": problem.model, "dataset": problem.data, "queries": problem.queries, "target": "predicted", **changes,
     }  # fmt: skip
     with pytest.raises(error) as caught:
-        kx.explain(trajectory, given.pop("model"), given.pop("dataset"), given.pop("queries"), given.pop("target"), **given)
+        kx.explain(
+            trajectory, given.pop("model"), given.pop("dataset"), given.pop("queries"), given.pop("target"), **given
+        )
     assert isinstance(caught.value, kx.KxError)
     return str(caught.value)
 
 
 def test_wrong_model(trained) -> None:
-    for model in (nn.Linear(6, 3).double(), CASES["mlp-gelu"].build(torch.float32).model, CASES["cnn-max"].build().model):
+    for model in (
+        nn.Linear(6, 3).double(),
+        CASES["mlp-gelu"].build(torch.float32).model,
+        CASES["cnn-max"].build().model,
+    ):
         refused(kx.ModelError, trained, model=model)
 
 
@@ -50,7 +56,11 @@ def test_wrong_dataset(trained) -> None:
     relabelled[0] = (relabelled[0] + 1) % 3
     assert "order" in refused(kx.DatasetError, trained, dataset=Subset(problem.data, [*range(1, 14), 0]))
     assert "14" in refused(kx.DatasetError, trained, dataset=Subset(problem.data, range(13)))
-    for data in (TensorDataset(changed, targets), TensorDataset(inputs, relabelled), TensorDataset(inputs[:0], targets[:0])):
+    for data in (
+        TensorDataset(changed, targets),
+        TensorDataset(inputs, relabelled),
+        TensorDataset(inputs[:0], targets[:0]),
+    ):
         refused(kx.DatasetError, trained, dataset=data)
 
 

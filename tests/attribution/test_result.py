@@ -73,7 +73,7 @@ def test_the_printed_table_adds_up(explanation: kx.Explanation, k: int) -> None:
         assert totals[0] == pytest.approx(float(explanation.baseline[query]), abs=digit)
         assert totals[-1] == pytest.approx(float(explanation.prediction[query]), abs=digit)
         assert len(totals) == len(changes) + 2
-        for before, change, after in zip(totals, changes, totals[1:]):
+        for before, change, after in zip(totals, changes, totals[1:], strict=False):
             assert after - before == pytest.approx(change, abs=1.51 * digit)
         assert totals[-2] == pytest.approx(totals[-1], abs=digit / 2)
 
@@ -119,7 +119,9 @@ def same(a: object, b: object) -> bool:
 
 
 def test_save_and_load(explanation: kx.Explanation, everything: kx.Explanation, tmp_path: Path) -> None:
-    for number, kept in enumerate((explanation, everything, explanation.__class__(**{**vars_of(explanation), "path_kernel": None}))):
+    for number, kept in enumerate(
+        (explanation, everything, explanation.__class__(**{**vars_of(explanation), "path_kernel": None}))
+    ):
         path = kept.save(tmp_path / f"{number}.safetensors")
         read = kx.Explanation.load(path)
         for item in dataclasses.fields(kept):

@@ -31,7 +31,7 @@ def test_equal_the_reference(name: str, rule: str, stride: int, tmp_path: Path) 
     batches = order(14, 5, 1)
     expected = reference.path_integral(
         problem.model, problem.data, problem.loss, batches, case.rate, problem.inputs, nodes=RULES[rule], stride=stride
-    )  # fmt: skip
+    )
     trajectory = run(problem, tmp_path, case.rate, batches=batches)
     found = kx.explain(
         trajectory, problem.model, problem.data, problem.queries, "all", rule=rule, stride=stride, kernel=False
@@ -59,9 +59,11 @@ def test_more_nodes_come_nearer_and_none_is_exact_but_discrete(tmp_path: Path) -
     problem = CASES["mlp-gelu"].build()
     trajectory = run(problem, tmp_path, 2.0)
     missing = {
-        rule: incompleteness(kx.explain(trajectory, problem.model, problem.data, problem.queries, "all", rule=rule, stride=1))
+        rule: incompleteness(
+            kx.explain(trajectory, problem.model, problem.data, problem.queries, "all", rule=rule, stride=1)
+        )
         for rule in ("start", "midpoint", "gauss-2", "gauss-4", "gauss-8", "discrete")
-    }  # fmt: skip
+    }
     assert missing["start"] > missing["midpoint"] > missing["gauss-2"] > missing["gauss-4"] > missing["gauss-8"]
     assert missing["gauss-4"] > 1e-11 > missing["discrete"]
 

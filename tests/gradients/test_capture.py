@@ -25,10 +25,7 @@ def written_out(factors: Factors, model: nn.Module) -> Tensor:
             parts[dense.weight] = parts.get(dense.weight, 0) + dense.values
     shape = next(iter(parts.values())).shape[:2]
     return torch.cat(
-        [
-            parts.get(name, p.new_zeros(*shape, p.numel())).detach()
-            for name, p in reference.parameters(model).items()
-        ],
+        [parts.get(name, p.new_zeros(*shape, p.numel())).detach() for name, p in reference.parameters(model).items()],
         -1,
     )
 
@@ -94,9 +91,7 @@ def test_step_gradients_under_batch_norm_add_up(name: str, dtype: torch.dtype) -
     wanted = list(trainable(model).values())
     found, at_edges = gradients(result.total, wanted, edges)
     watch.collect(at_edges)
-    assert_close(
-        written_out(watch.factors, model).sum((0, 1)), reference.flat(found, wanted), FACTORED[dtype]
-    )
+    assert_close(written_out(watch.factors, model).sum((0, 1)), reference.flat(found, wanted), FACTORED[dtype])
 
 
 class ZeroHead(nn.Module):
@@ -228,9 +223,7 @@ def test_frozen_parameters_are_left_out() -> None:
     problem = CASES["mlp-tanh"].build()
     model = problem.model.eval()
     model[2].weight.requires_grad_(False)
-    _, factors = output_gradients(
-        model, problem.inputs, layout_of(model, problem.inputs, trainable(model))
-    )
+    _, factors = output_gradients(model, problem.inputs, layout_of(model, problem.inputs, trainable(model)))
     names = {part.weight for factor in factors for part in factor.dense()}
     assert names == set(trainable(model))
     assert_close(written_out(factors, model), reference.jacobian(model, problem.inputs), 1e-12)

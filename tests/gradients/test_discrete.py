@@ -69,7 +69,7 @@ def test_completeness_at_steps_of_any_size(name: str, size: float, dtype: torch.
 
 @pytest.mark.parametrize("name", cases.names(smooth=True))
 def test_nearly_equal_ends_give_the_ordinary_gradient(name: str) -> None:
-    problem, start, end, found = secant_of(CASES[name], torch.float64, 1e-7)
+    problem, _start, _end, found = secant_of(CASES[name], torch.float64, 1e-7)
     parameters = reference.parameters(problem.model)
     dense = reference.jacobian(problem.model, problem.inputs)
     at = 0
@@ -142,7 +142,7 @@ def test_nothing_moved() -> None:
 
 def test_a_custom_function_that_leaves_torch_keeps_its_gradient() -> None:
     """Not only the sum: D is near the ordinary gradient for a small step, the function's own backward used."""
-    problem, start, end, found = secant_of(CASES["custom-numpy"], torch.float64, 1e-6)
+    problem, start, _end, found = secant_of(CASES["custom-numpy"], torch.float64, 1e-6)
     probe = {key: torch.randn_like(value) for key, value in start.items()}
     flat = torch.cat([probe[key].flatten() for key in reference.parameters(problem.model)])
     expected = reference.jacobian(problem.model, problem.inputs) @ flat
@@ -163,7 +163,7 @@ def test_only_some_names_move() -> None:
 
 def test_buffers_may_move_too() -> None:
     """Running statistics are known at both ends: their part of the change is ⟨D_buffers, Δ⟩."""
-    problem, start, end, found = secant_of(CASES["batch-norm-1d"], torch.float64, 0.5)
+    _problem, start, end, found = secant_of(CASES["batch-norm-1d"], torch.float64, 0.5)
     statistics = {key: end[key] - start[key] for key in start if "running" in key}
     rest = {key: end[key] - start[key] for key in start if "running" not in key}
     assert float(found.along(statistics).norm()) > 0
@@ -171,6 +171,6 @@ def test_buffers_may_move_too() -> None:
 
 
 def test_along_equals_the_dense_product() -> None:
-    problem, start, end, found = secant_of(CASES["twice"], torch.float64, 0.2)
+    _problem, start, _end, found = secant_of(CASES["twice"], torch.float64, 0.2)
     probe = {key: torch.randn_like(value) for key, value in start.items()}
     assert_close(found.along(probe), dot(found.factors, probe), 1e-14)

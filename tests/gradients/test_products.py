@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kxexplain.gradients import Dense, Outer, dot, gram, gram_trace, layout_of, output_gradients, squared_norm, trainable
+from kxexplain.gradients import (
+    Dense,
+    Outer,
+    dot,
+    gram,
+    gram_trace,
+    layout_of,
+    output_gradients,
+    squared_norm,
+    trainable,
+)
 from kxexplain.gradients.factors import compact, concatenate, merge, scale, take
 from kxexplain.trajectory.batches import take as rows_of
 from tests import reference
@@ -77,19 +87,30 @@ MIXES = {
     "two uses": ([outer("w", 3, 1), outer("w", 3, 2)], [outer("w", 2, 2), outer("w", 2, 1)]),
     "transposed use": ([outer("w", 3, 1), outer("w", 3, 1, transposed=True)], [outer("w", 2, 1), outer("w", 2, 1)]),
     "bias shared by two matrices": (
-        [outer("w", 3, 1, bias="b"), outer("v", 3, 1, bias="b")], [outer("w", 2, 1, bias="b"), outer("v", 2, 1, bias="b")],
+        [outer("w", 3, 1, bias="b"), outer("v", 3, 1, bias="b")],
+        [outer("w", 2, 1, bias="b"), outer("v", 2, 1, bias="b")],
     ),
     "bias on one side": ([outer("w", 3, 1, bias="b")], [outer("w", 2, 1)]),
-    "different biases": ([outer("w", 3, 1, bias="b"), outer("w", 3, 1, bias="d")], [outer("w", 2, 1, bias="b"), outer("w", 2, 1, bias="d")]),
-    "bias dense elsewhere": ([outer("w", 3, 1, bias="b"), Dense("b", torch.randn(3, 2, 4, dtype=torch.float64))], [outer("w", 2, 1, bias="b")]),
+    "different biases": (
+        [outer("w", 3, 1, bias="b"), outer("w", 3, 1, bias="d")],
+        [outer("w", 2, 1, bias="b"), outer("w", 2, 1, bias="d")],
+    ),
+    "bias dense elsewhere": (
+        [outer("w", 3, 1, bias="b"), Dense("b", torch.randn(3, 2, 4, dtype=torch.float64))],
+        [outer("w", 2, 1, bias="b")],
+    ),
     "dense and outer": ([outer("w", 3, 1), Dense("w", torch.randn(3, 2, 12, dtype=torch.float64))], [outer("w", 2, 1)]),
     "outer against dense": ([outer("w", 3, 2)], [Dense("w", torch.randn(2, 2, 12, dtype=torch.float64))]),
     "drags along": (
-        [outer("w", 3, 1, bias="b"), outer("v", 3, 1, bias="b"), Dense("v", torch.randn(3, 2, 12, dtype=torch.float64))],
+        [
+            outer("w", 3, 1, bias="b"),
+            outer("v", 3, 1, bias="b"),
+            Dense("v", torch.randn(3, 2, 12, dtype=torch.float64)),
+        ],
         [outer("w", 2, 1, bias="b"), outer("v", 2, 1, bias="b")],
     ),
     "only some in common": ([outer("w", 3, 1), outer("v", 3, 1)], [outer("v", 2, 1), outer("u", 2, 1)]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mix", list(MIXES))
@@ -101,7 +122,7 @@ def test_uses_of_one_parameter_meet_each_other(mix: str) -> None:
         assert_close(gram(f, h), value, 1e-13)
         assert_close(gram_trace(f, h), torch.einsum("ncmc->nm", value), 1e-13)
         after = [t for factor in (*f, *h) for t in vars(factor).values() if isinstance(t, Tensor)]
-        assert all(torch.equal(a, b) for a, b in zip(before, after)), "the factors were changed"
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "the factors were changed"
     norms = sum(value.square().sum(-1) for value in written(left).values())
     assert_close(squared_norm(left), norms, 1e-13)
     direction = {

@@ -48,7 +48,7 @@ DTYPES = [torch.float64, torch.float32]
 def exact(function: Callable[[mpf], mpf], start: Tensor, end: Tensor) -> Tensor:
     """The secant slope of the numbers given, rounded once."""
     values = []
-    for a, b in zip(start.tolist(), end.tolist()):
+    for a, b in zip(start.tolist(), end.tolist(), strict=True):
         a, b = mpf(a), mpf(b)
         if a == b:
             values.append(mpmath.diff(function, a))
@@ -65,7 +65,7 @@ def found_and_exact(pair, start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
 
 def rise_error(pair, start: Tensor, end: Tensor) -> Tensor:
     """|J Δu − Δv| beyond the rounding of u and v themselves, relative to |Δv|: what completeness suffers."""
-    function, precise = pair
+    function, _precise = pair
     found, want = found_and_exact(pair, start, end)
     width = (end.double() - start.double()).abs()
     largest = torch.stack([t.abs() for t in (start, end, function(start), function(end))]).amax(0)
@@ -156,7 +156,7 @@ def test_logarithmic_mean(dtype: torch.dtype) -> None:
     a, b = (t.flatten() for t in torch.meshgrid(logs, logs, indexing="ij"))
     found = logarithmic_mean(a, b).double()
     want = []
-    for x, y in zip(a.tolist(), b.tolist()):
+    for x, y in zip(a.tolist(), b.tolist(), strict=True):
         x, y = mpf(x), mpf(y)
         want.append(float(mpmath.exp(x) if x == y else (mpmath.exp(y) - mpmath.exp(x)) / (y - x)))
     rtol = 1e-13 if dtype == torch.float64 else 3e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_is_the_weighted_sum_of_dense_kernels(name: str, tmp_path: Path) -> None
     trajectory = run(problem, tmp_path)
     expected = 0.0
     model = CASES[name].build().model.eval()
-    for state, weight in zip(trajectory.states, flow_weights(trajectory)):
+    for state, weight in zip(trajectory.states, flow_weights(trajectory), strict=True):
         held = trajectory.state(state.step)
         model.load_state_dict({**held.parameters, **held.buffers}, strict=False)
         jacobian = reference.jacobian(model, problem.inputs)
@@ -96,9 +97,7 @@ def test_composite_rules_converge_at_their_order() -> None:
         for count in pieces:
             edges = np.linspace(0, 1, count + 1)
             total = sum(
-                w * np.exp(a + x * (b - a)) * (b - a)
-                for a, b in zip(edges, edges[1:])
-                for x, w in rule(name).nodes
+                w * np.exp(a + x * (b - a)) * (b - a) for a, b in itertools.pairwise(edges) for x, w in rule(name).nodes
             )
             errors.append(abs(total - exact))
         slope = -np.polyfit(np.log(pieces), np.log(errors), 1)[0]

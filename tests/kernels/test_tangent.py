@@ -76,7 +76,9 @@ def test_laws(name: str, outputs: Any) -> None:
     if outputs == "trace":
         kernel = TangentKernel(problem.model, problem.inputs)
         assert_diagonal_agrees(gram, kernel.diagonal(problem.inputs), 1e-12)
-        assert_close(torch.einsum("nmcc->nm", kx.tangent_kernel(problem.model, problem.inputs, outputs="full")), gram, 1e-12)
+        assert_close(
+            torch.einsum("nmcc->nm", kx.tangent_kernel(problem.model, problem.inputs, outputs="full")), gram, 1e-12
+        )
 
 
 @pytest.mark.parametrize("name", ["mlp-relu", "encoder-time-first", "cnn-max", "tied-embedding", "lstm", "argmax"])

@@ -344,6 +344,45 @@ def test_in_a_thread(tmp_path):
     assert len(found[0]) == 18
 
 
+class TwoTables(nn.Module):
+    """Named inputs, and gradients that are sparse."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(9, 4, sparse=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, words, scale):
+        return self.head(self.words(words).mean(1) * scale[:, None])
+
+
+def test_named_inputs_and_sparse_gradients(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(0, 9, (10, 5), generator=generator)
+    data = [({"words": words[i], "scale": torch.tensor(float(i))}, i % 3) for i in range(10)]
+    model = TwoTables()
+    trajectory = train(model, data, epochs=2, batch_size=3, out=tmp_path, keep=3)
+    with Replayer(trajectory, model, data) as replayer:
+        replayer.seek(0)
+        while replayer.position < len(trajectory):
+            redone = replayer.advance()
+            norm = sum(float(g.to_dense().square().sum()) for g in redone.gradients.values()) ** 0.5
+            assert redone.record.gradient_norm == pytest.approx(norm, rel=1e-5)
+    assert replayer.drift == 0.0
+
+
+def test_progress_in_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    run(tmp_path / "quiet", CASES["mlp"], progress=False)
+    assert capsys.readouterr() == ("", "")
+    run(tmp_path / "shown", CASES["mlp"])
+    shown = capsys.readouterr().err
+    assert "epoch 3" in shown
+    assert "loss" in shown
+    assert "rate 0.1" in shown
+
+
 def test_a_second_interrupt_is_immediate():
     reached = []
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 import torch
@@ -8,8 +7,8 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from kxexplain.errors import ArgumentError, DatasetError, ModelError
-from kxexplain.trajectory.batches import call, count, fetch, outputs_2d, take
 from kxexplain.trajectory import fingerprints
+from kxexplain.trajectory.batches import call, count, fetch, outputs_2d, take
 from kxexplain.trajectory.fingerprints import fingerprint
 
 X = torch.randn(11, 2, 3, generator=torch.Generator().manual_seed(0))
