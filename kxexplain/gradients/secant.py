@@ -58,6 +58,7 @@ def slope(function: Elementwise, start: Tensor, end: Tensor, values: tuple[Tenso
     # Near a pole a width that looks narrow is not: there the midpoint and Gauss disagree, and the quotient serves.
     bend = (mean - derivative(function, middle)).abs()
     close &= (bend <= narrow**2 * (low.abs() + high.abs())) | (width == 0)
+    mean = torch.where((width == 0) & ~mean.isfinite(), 0.0, mean)  # nothing moved: any slope is exact
     return torch.where(close, mean, rise / torch.where(close, torch.ones_like(width), width))
 
 

@@ -100,7 +100,7 @@ class Comparison:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=78, file=open(os.devnull, "w"), record=True)  # noqa: SIM115 - closed with the console
+        console = Console(width=78, file=open(os.devnull, "w"), record=True, force_jupyter=False)  # noqa: SIM115 - closed with the console
         with console.file:
             console.print(self.table())
             return console.export_text().rstrip()

@@ -96,7 +96,7 @@ class Neighbors:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=100, file=io.StringIO(), record=True)
+        console = Console(width=100, file=io.StringIO(), record=True, force_jupyter=False)
         shown = min(SHOWN, len(self))
         for query in range(shown):
             console.print(self.table(query))

@@ -14,6 +14,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +137,11 @@ class Row(NamedTuple):
 
 
 class Writer:
-    """Appends to a trajectory. Rows are gathered and written every half second or 256 steps."""
+    """Appends to a trajectory. Rows are gathered and written every half second or 256 steps.
+
+    A state's file is written beside training, in a thread; its row, which makes it part of the trajectory, follows
+    when the file is safely on the disk.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -146,6 +151,8 @@ class Writer:
         self._side: list[tuple[str, tuple[Any, ...]]] = []
         self._flushed = time.monotonic()
         self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, "kxexplain-states")
+        self._writing: tuple[Future[None], StateRecord, bool] | None = None
         with storage(path / LOG):
             self._log = sqlite3.connect(path / LOG, isolation_level=None, timeout=30)
             self._log.execute("PRAGMA journal_mode=WAL")
@@ -204,8 +211,10 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rows gathered so far, in one transaction."""
+        """Write the rows gathered so far, in one transaction, and the row of a state whose file is there."""
         self._flushed = time.monotonic()
+        if self._writing is not None and self._writing[0].done():
+            self._settle()
         if not self._rows and not self._side:
             return
         with storage(self.path / LOG), self._transaction():
@@ -220,20 +229,39 @@ class Writer:
 
     def put_state(self, step: int, data: bytes, *, kept: bool) -> StateRecord:
         """Write a state. One that is not ``kept`` is dropped as soon as a later one is written."""
+        self._settle()
         record = StateRecord(step, state_file(step), hashlib.sha256(data).hexdigest(), len(data))
-        write_atomically(self.path / STATES / record.file, data)
-        row = (step, record.sha256, record.bytes, int(kept))
-        self._side.append(("INSERT OR REPLACE INTO states VALUES (?,?,?,?)", row))
-        self.flush()
+        job = self._thread.submit(write_atomically, self.path / STATES / record.file, data)
+        self._writing = (job, record, kept)
         self.states[step] = record
         (self.kept.add if kept else self.kept.discard)(step)
-        for other in [s for s in self.states if s not in self.kept and s < step]:
-            self.drop_state(other)
+        if len(self.states) == 1:  # without a state there is no trajectory to open
+            self.flush_all()
         return record
+
+    def _settle(self) -> None:
+        """Wait for the state being written, then give it its row and drop those it replaces."""
+        if self._writing is None:
+            return
+        (job, record, kept), self._writing = self._writing, None
+        job.result()
+        row = (record.step, record.sha256, record.bytes, int(kept))
+        self._side.append(("INSERT OR REPLACE INTO states VALUES (?,?,?,?)", row))
+        self.flush()
+        for other in [s for s in self.states if s not in self.kept and s < record.step]:
+            self.drop_state(other)
+
+    def flush_all(self) -> None:
+        """Everything appended so far is on the disk when this returns."""
+        self._settle()
+        self.flush()
 
     def drop_state(self, step: int) -> None:
         """Forget a state: first its row, then its file."""
-        record = self.states.pop(step)
+        self._settle()
+        record = self.states.pop(step, None)
+        if record is None:  # it was replaced by the state just settled
+            return
         self.kept.discard(step)
         with storage(self.path / LOG):
             self._log.execute("DELETE FROM states WHERE step = ?", (step,))
@@ -242,6 +270,7 @@ class Writer:
 
     def release(self, step: int) -> None:
         """Keep a state only until a later one is written."""
+        self._settle()
         self.kept.discard(step)
         with storage(self.path / LOG):
             self._log.execute("UPDATE states SET kept = 0 WHERE step = ?", (step,))
@@ -254,8 +283,9 @@ class Writer:
     def close(self) -> None:
         """Flush and close; without other readers the log becomes one plain file."""
         try:
-            self.flush()
+            self.flush_all()
         finally:
+            self._thread.shutdown()
             with contextlib.suppress(sqlite3.Error):  # a reader holds it: it stays in WAL mode
                 self._log.execute("PRAGMA busy_timeout=0")
                 self._log.execute("PRAGMA journal_mode=DELETE")

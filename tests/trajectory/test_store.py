@@ -240,7 +240,9 @@ def test_reading_while_training(tmp_path):
 
     with record(model, optimizer, "cross_entropy", DATA, out=tmp_path, keep=2) as recorder:
         plain_loop(model, optimizer, scheduler, DATA, after=look)
-    assert all(length == position - position % 2 for length, position in seen)
+    # a state counts when its file is on the disk, which the loop does not wait for: one may still be on its way
+    assert all(position - position % 2 - length in (0, 2) for length, position in seen)
+    assert len(Trajectory.open(tmp_path)) == recorder.position
 
 
 def test_a_reader_does_not_hinder_the_writer(tmp_path):
