@@ -34,3 +34,27 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+CORE = ("mlp-relu", "cnn-max", "residual-batch-norm", "encoder-", "custom-numpy", "tied", "embedding-tied")
+"""Cases that every run takes; the whole table is taken by `make slow`."""
+
+TABLES = (
+    "test_every_case_at_every_stride", "test_from_the_smallest_rate_to_the_largest", "test_every_target",
+    "test_queries_do_not_see_each_other", "test_stride_one_is_the_path_integral", "test_equal_the_reference",
+    "test_hostile_data", "test_an_example_s_gradient_does_not_depend_on_its_company",
+    "test_completeness_at_steps_of_any_size", "test_batches_of_any_size", "test_axes_of_equal_length_are_not_confused",
+)  # fmt: skip
+"""Tests that cross the table of cases with strides, rates, targets and precisions: minutes, not seconds."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        name, _, chosen = item.name.partition("[")
+        core = any(chosen.startswith(case) or f"-{case}" in chosen for case in CORE)
+        wide = name in TABLES and (not core or ("dtype1" in chosen and name != "test_every_case_at_every_stride"))
+        if wide or (name == "test_from_the_smallest_rate_to_the_largest" and "mlp-relu-dtype0" not in chosen):
+            item.add_marker(pytest.mark.slow)
+        if name == "test_exact_on_ends_nearly_equal" and chosen.endswith(("-1e-12]", "-0.0001]")):
+            item.add_marker(pytest.mark.slow)

@@ -227,9 +227,7 @@ def test_damaged_packed_bytes_are_refused(folder: Path) -> None:
         ("train-labels-idx1-ubyte", np.arange(20), None, "go up to 19, expected 0 to 9"),
     ],
 )
-def test_a_foreign_file_is_refused(
-    folder: Path, name: str, values: np.ndarray, magic: int | None, says: str
-) -> None:
+def test_a_foreign_file_is_refused(folder: Path, name: str, values: np.ndarray, magic: int | None, says: str) -> None:
     write_idx(folder / name, values, magic)
     with pytest.raises(DatasetError, match=says):
         datasets.fashion_mnist(folder)
@@ -271,7 +269,5 @@ def test_an_unknown_kind_name_or_option_lists_the_known_ones() -> None:
         datasets.toy(kind="blobs")
     with pytest.raises(ArgumentError, match="digits, mnist5k, fashion_mnist, toy"):
         datasets.load("cifar")
-    with pytest.raises(
-        ArgumentError, match="has no option n, size; its options are test_fraction, seed, flat"
-    ):
+    with pytest.raises(ArgumentError, match="has no option n, size; its options are test_fraction, seed, flat"):
         datasets.load("digits", n=3, size=4)

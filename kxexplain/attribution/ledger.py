@@ -31,7 +31,7 @@ class Ledger:
         # Examples come first while adding up: an update then touches whole rows of memory.
         self.sums = torch.zeros(examples, q, c, **options)
         blocks = c if side.target.components is not None else 1
-        self.kernel = torch.zeros(examples, q, c, blocks, **options) if kernel else None
+        self.kernel = self.sums.new_zeros(examples, q, c, blocks, dtype=side.dtype) if kernel else None
         self.lines = {name: torch.zeros(segments, q, c, **options) for name in LINES}
         affordable = side.budget // 4 // max(1, q * examples * c * side.prediction.element_size())
         bins = min(segments, TIMELINE_BINS, affordable) if timeline else 0

@@ -32,7 +32,7 @@ QUADRATIC = """
 """.split()
 SMOOTH = """
     tanh sigmoid exp exp2 expm1 log log2 log10 log1p sqrt rsqrt sin cos tan sinh cosh asin acos atan asinh acosh atanh
-    erf erfc erfinv reciprocal gelu silu mish softplus logsigmoid softsign tanhshrink lgamma digamma special_erf
+    erf erfc erfinv reciprocal gelu silu mish softplus logsigmoid softsign tanhshrink lgamma special_erf
     special_expit special_ndtr logit sinc
 """.split()
 KINKED: dict[str, tuple[float, ...]] = {

@@ -23,10 +23,10 @@ from tests.laws import (
     assert_stride_irrelevant_to_total,
     assert_timeline_agrees,
 )
-from tests.runs import order, reach, run
+from tests.runs import largest_rate, order, run
 
 DTYPES = [torch.float64, torch.float32]
-STRIDES = {torch.float64: [1, 2, 16, None], torch.float32: [1, None]}
+STRIDES = [1, 2, 16, None]
 """Every step; not a divisor of an epoch's three; longer than the run; one segment per recorded state."""
 
 
@@ -36,7 +36,8 @@ def test_every_case_at_every_stride(name: str, dtype: torch.dtype, tmp_path: Pat
     problem = CASES[name].build(dtype)
     trajectory = run(problem, tmp_path, CASES[name].rate)
     found = []
-    for stride in STRIDES[dtype]:
+    thorough = dtype == torch.float64 and "issue" in CASES[name].kind
+    for stride in STRIDES if thorough else (1, None):
         explanation = kx.explain(
             trajectory, problem.model, problem.data, problem.queries, "all", stride=stride, kernel=False
         )
@@ -56,24 +57,22 @@ def test_every_case_at_every_stride(name: str, dtype: torch.dtype, tmp_path: Pat
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", cases.names(kind="issue"))
 def test_from_the_smallest_rate_to_the_largest(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Up to the largest rate that trains, relative to the change; beyond, to the numbers that are summed.
+    """From 0.01 to the largest rate, found by doubling, at which the loss never rises tenfold.
 
-    A run that explodes through 1e60 and comes back cannot be accounted for to 1e-11 of where it ends by any sum of
-    floating-point numbers: its amounts are right to rounding of their own size.
+    Beyond it parameters pass through 1e20 and come back: no sum of floating-point numbers can account for that to a
+    small part of where it ends. For the same reason float32 is granted the rounding of the amounts it adds up.
     """
-    found = reach(CASES[name], dtype)
-    for number, rate in enumerate(sorted(set(found))):
+    for rate in (0.01, largest_rate(CASES[name], dtype)):
         problem = CASES[name].build(dtype)
-        trajectory = run(problem, tmp_path / f"{number}", rate)
-        for stride in (1, None) if rate == found.training else (None,):
+        trajectory = run(problem, tmp_path / f"{rate}", rate)
+        for stride in (1, None) if rate > 0.01 else (None,):
             explanation = kx.explain(
                 trajectory, problem.model, problem.data, problem.queries, "all", stride=stride, kernel=False
             )
-            if rate <= found.training:
-                assert_complete(explanation)
-            else:
-                summed = explanation.timeline.totals["contributions"].abs().sum(0) + explanation.baseline.abs()
-                assert float(explanation.remainder.norm()) <= COMPLETE[dtype] * float(summed.norm())
+            summed = explanation.contributions.abs().sum(1) + explanation.buffers.abs()
+            change = float((explanation.prediction - explanation.baseline).norm())
+            rounding = 4 * torch.finfo(dtype).eps * float(summed.norm())
+            assert float(explanation.remainder.norm()) <= COMPLETE[dtype] * change + rounding
 
 
 def entropy(outputs: Tensor) -> Tensor:

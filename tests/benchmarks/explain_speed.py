@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -54,7 +53,9 @@ def train_plainly(dataset: Any) -> float:
 def record(dataset: Any, out: str) -> kx.Trajectory:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    return kx.train(model, dataset, "cross_entropy", optimizer, epochs=EPOCHS, batch_size=BATCH, out=out, progress=False)
+    return kx.train(
+        model, dataset, "cross_entropy", optimizer, epochs=EPOCHS, batch_size=BATCH, out=out, progress=False
+    )
 
 
 def explain(trajectory: kx.Trajectory, dataset: Any, queries: Any) -> tuple[float, kx.Explanation]:
@@ -77,8 +78,8 @@ def captum(trajectory: kx.Trajectory, dataset: Any, queries: Any) -> float:
         warnings.simplefilter("ignore")
         began = time.perf_counter()
         tracin = TracInCP(
-            model, dataset, checkpoints, load, nn.CrossEntropyLoss(reduction="sum"), batch_size=256,
-            sample_wise_grads_per_batch=True,
+            model, dataset, checkpoints, load, loss_fn=nn.CrossEntropyLoss(reduction="sum"), batch_size=256,
+            layers=["0", "2", "4"], sample_wise_grads_per_batch=True,
         )  # fmt: skip
         tracin.influence(queries.tensors, k=None)
     return time.perf_counter() - began

@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ SIZES, N, M, BLOCK = (784, 256, 256, 10), 1000, 200, 50
 def network() -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for d_in, d_out in zip(SIZES, SIZES[1:], strict=False):
+    for d_in, d_out in pairwise(SIZES):
         layers += [nn.Linear(d_in, d_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -70,7 +71,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(2)
     model, x1, x2 = network(), torch.randn(N, SIZES[0]), torch.randn(M, SIZES[0])
-    product = minimum(sum(d_in + SIZES[-1] * d_out for d_in, d_out in zip(SIZES, SIZES[1:], strict=False)))
+    product = minimum(sum(d_in + SIZES[-1] * d_out for d_in, d_out in pairwise(SIZES)))
     ours, floor, peer = [], [], []
     kx.tangent_kernel(model, x1, x2)
     for repeat in range(repeats):

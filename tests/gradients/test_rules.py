@@ -103,12 +103,11 @@ LINEAR = {
     "baddbmm": (lambda a, b: torch.baddbmm(a[None], a[None], b[None]), 2),
     "atleast_3d": (torch.atleast_3d, 1),
     "double": (lambda a: a.double(), 1),
-    "rfft": (lambda a: torch.view_as_real(torch.fft.rfft(a, dim=1)), 1),
 }
 """Of degree two at most, called as users call them: (function, number of inputs of shape [4, 4])."""
 
 DOMAINS: dict[str, Call] = (
-    dict.fromkeys(["log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "lgamma", "digamma"], positive)
+    dict.fromkeys(["log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "lgamma"], positive)
     | dict.fromkeys(["asin", "acos", "atanh", "erfinv"], inside)
     | {
         "acosh": above_one,
@@ -338,7 +337,8 @@ def test_exact_where_only_some_inputs_move(name: str) -> None:
     [
         n
         for n in EVERY
-        if not any(
+        if n != "unknown cdist"  # no second derivative: only the rank-one map, exact along Δu alone
+        and not any(
             w in n
             for w in ("floor", "round", "sign", "trunc", "ceil", "heaviside", "hardshrink", "threshold", "renorm")
         )
@@ -375,6 +375,15 @@ def test_softmax_in_closed_form() -> None:
     expected = torch.diag(mean) - torch.outer(mean, mean) / mean.sum()
     _, _, _, found = pushed(lambda a: torch.softmax(a, 1), [u], [v])
     torch.testing.assert_close(found[0], expected @ torch.cos(u[0]), rtol=1e-12, atol=1e-14)
+
+
+def test_a_shift_common_to_all_logits_costs_no_digits() -> None:
+    """Attention over nearly saturated scores that all move by 300: J·1 = 0 must hold far below rounding of J itself."""
+    values = 8 * torch.randn(4, 6)
+    start = torch.rand(4, 4) * 4 + torch.tensor([0.0, 0.0, 8.0, 0.0])
+    end = start + 300 + torch.rand(4, 4)
+    found_start, found_end, along, _ = pushed(lambda a: torch.softmax(a, 1) @ values, [start], [end])
+    assert float((along - (found_end - found_start)).abs().max()) <= 4e-6
 
 
 def test_in_place_operations() -> None:

@@ -173,7 +173,7 @@ def test_printing_tells_what_was_found(index: GradientIndex, digits: Trained) ->
         ({"queries": torch.full((1, 64), torch.nan)}, DatasetError, "NaN"),
         ({"target": lambda outputs: outputs[:, 0] * torch.inf}, ArgumentError, "not finite"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_searches(
     index: GradientIndex, digits: Trained, arguments: dict[str, Any], error: type[Exception], message: str
