@@ -1,7 +1,7 @@
 """A trajectory's bytes on disk: ``manifest.json``, ``steps.sqlite`` and ``states/<step>.safetensors``.
 
 Every file is replaced as a whole or appended to in transactions, so that a process killed at any
-moment leaves a folder that opens. Nothing is pickled, and file names come from step numbers alone.
+moment leaves a folder that opens. No object is stored that would run code, and file names come from step numbers alone.
 """
 
 from __future__ import annotations
