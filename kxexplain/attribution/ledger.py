@@ -48,13 +48,12 @@ class Ledger:
         held_segment, held_rows, held = self._held
         if held_segment is not segment or held_rows != rows:
             with torch.random.fork_rng(devices=[]):
-                held = self.side.secants(segment, rows)
+                held = self.side.secants(segment.start, segment.end, rows)
             self._held = (segment, rows, held)
         return held
 
     def updates(self, segment: Segment, updates: Updates) -> None:
         """Add the updates' inner products with the queries' gradients."""
-        self.side.fit(segment)
         indices = updates.indices.to(self.sums.device)
         for rows in self.side.chunks():
             for weight, secant in self._secants(segment, rows):
@@ -76,7 +75,6 @@ class Ledger:
 
     def close(self, segment: Segment, movement: Movement) -> None:
         """Add the lines that are no example's: regulariser, buffers, and what is left of the movement."""
-        self.side.fit(segment)
         names = self.side.names
         delta = {name: segment.end[name] - segment.start[name] for name in names}
         buffers = {name: delta[name] for name in names if name in self.side.buffers}

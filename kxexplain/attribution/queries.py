@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kxexplain.attribution.targets import ResolvedTarget, TargetSpec, resolve_target
-from kxexplain.attribution.walk import Segment
 from kxexplain.errors import DatasetError, ModelError
 from kxexplain.gradients.discrete import DiscreteGradient, Secant
 from kxexplain.gradients.factors import size
 from kxexplain.kernels.quadrature import Rule
-from kxexplain.shapes import Inputs
+from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory import State, Trajectory
 from kxexplain.trajectory.batches import call, count, fetch, leaves, outputs_2d, take
 
@@ -75,20 +74,20 @@ class QuerySide:
         buffers = {name for name, _ in private.named_buffers()}
         with torch.no_grad():
             baseline, prediction = (resolved.select(values, slice(None)) for values in (before, after))
-        return cls(
+        side = cls(
             inputs, resolved, rule, budget, DiscreteGradient(private, names), names, buffers & set(names),
             baseline, prediction, labels,
         )  # fmt: skip
+        side._choose_portions(first, last, device)
+        return side
 
     def chunks(self) -> list[slice]:
         """Queries in portions whose gradients fit the budget."""
-        step = self.chunk or self.rows
-        return [slice(at, min(at + step, self.rows)) for at in range(0, self.rows, step)]
+        return [slice(at, min(at + self.chunk, self.rows)) for at in range(0, self.rows, self.chunk)]
 
-    def secants(self, segment: Segment, rows: slice) -> list[tuple[float, Secant]]:
-        """The gradients that stand for some queries along a segment, with their weights."""
-        start = {name: segment.start[name] for name in self.names}
-        end = {name: segment.end[name] for name in self.names}
+    def secants(self, start: Tensors, end: Tensors, rows: slice) -> list[tuple[float, Secant]]:
+        """The gradients that stand for some queries between two states, with their weights."""
+        start, end = ({name: state[name] for name in self.names} for state in (start, end))
         inputs, select = take(self.inputs, rows), self.target.select
         target = lambda values, within: select(values, _within(rows, within))  # noqa: E731
         if self.rule.exact:
@@ -99,14 +98,14 @@ class QuerySide:
             made.append((weight, self.gradient(at, at, inputs, target)))
         return made
 
-    def fit(self, segment: Segment) -> None:
-        """Measure a query's gradient and choose the size of portions."""
-        if self.chunk == 0:
-            few = slice(0, min(2, self.rows))
-            with torch.random.fork_rng(devices=[]):
-                made = self.secants(segment, few)
-            each = sum(size(secant.factors) for _, secant in made) // (few.stop or 1)
-            self.chunk = max(1, min(self.rows, self.budget // 8 // max(1, each)))
+    def _choose_portions(self, first: State, last: State, device: torch.device) -> None:
+        """Measure a query's gradient and choose how many fit the budget at a time."""
+        few = slice(0, min(2, self.rows))
+        ends = [{k: v.to(device) for k, v in {**s.parameters, **s.buffers}.items()} for s in (first, last)]
+        with torch.random.fork_rng(devices=[]):
+            made = self.secants(ends[0], ends[1], few)
+        each = sum(size(secant.factors) for _, secant in made) // (few.stop or 1)
+        self.chunk = max(1, min(self.rows, self.budget // 8 // max(1, each)))
 
 
 def _within(outer: slice, inner: Tensor | slice) -> slice:

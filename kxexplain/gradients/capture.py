@@ -37,10 +37,17 @@ class Axis:
 
 @dataclass(frozen=True)
 class Layout:
-    """The example axis of every torch call's output in a forward pass, by the call's place in it."""
+    """The example axis of every torch call's output in a forward pass, by the call's place in it.
+
+    Attributes:
+        axes: where outputs that grow with the batch keep their examples.
+        fixed: shapes of outputs that do not.
+        lengths: how many calls each composite function made, so that one of no interest can be run whole.
+    """
 
     axes: Mapping[Place, Axis]
     fixed: Mapping[Place, torch.Size]
+    lengths: Mapping[tuple[Place, Any], int] = field(default_factory=dict)
 
     def axis(self, call: Place, shape: torch.Size, rows: int) -> Axis | None:
         """The measured axis, if the output's shape agrees with it."""
@@ -96,6 +103,7 @@ class Capture(TorchFunctionMode):
         self.uses: list[Use] = []
         self.loose: set[str] = set()
         self.outputs: dict[Place, Any] = {}
+        self.lengths: dict[tuple[Place, Any], int] = {}
         self.place: Place = (0, 0)
 
     def enter(self, call: int) -> None:
@@ -110,19 +118,23 @@ class Capture(TorchFunctionMode):
         name = name_of(func)
         if name in METADATA:
             return func(*args, **kwargs)
-        body = transparent(func)
+        place, body = self.place, transparent(func)
+        sources = [] if self.layout is None else self._sources((*args, *kwargs.values()))
         if body is not None:
+            length = None if self.layout is None or sources else self.layout.lengths.get((place, func))
+            if length is not None:
+                self.place = (place[0], place[1] + length)
+                return func(*args, **kwargs)
             with self:
-                return body(*args, **kwargs)
+                output = body(*args, **kwargs)
+            self.lengths[place, func] = self.place[1] - place[1]
+            return output
         output = func(*args, **kwargs)
-        place = self.place
         self.place = (place[0], place[1] + 1)
         if self.layout is None:
             self.outputs[place] = output
-        else:
-            sources = self._sources((*args, *kwargs.values()))
-            if sources:
-                self._meet(place, name, func, args, kwargs, output, sources)
+        elif sources:
+            self._meet(place, name, func, args, kwargs, output, sources)
         return output
 
     def _sources(self, values: Iterable[Any]) -> list[Source]:
@@ -211,7 +223,7 @@ def measure(run: Run, parameters: Mapping[str, Tensor]) -> Layout:
             axes[place] = found
         elif a.shape == b.shape:
             fixed[place] = a.shape
-    return Layout(axes, fixed)
+    return Layout(axes, fixed, {call: n for call, n in two.lengths.items() if three.lengths.get(call) == n})
 
 
 def _axis(two: Tensor, three: Tensor, outputs: Tensor) -> Axis | None:

@@ -41,7 +41,8 @@ def _used(**found: Source | None) -> dict[str, Source]:
 
 
 def _linear(sources: Sources, args: Any, kwargs: Any, output: Tensor, axis: Axis) -> Made:
-    x, weight, bias = (_argument(args, kwargs, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
+    bias = _argument(args, kwargs, 2, "bias")
     if _source(sources, x) is not None or axis.axis == output.dim() - 1:
         return None
     return "linear", _used(weight=_source(sources, weight), bias=_source(sources, bias)), {"x": x}

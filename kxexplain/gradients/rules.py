@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from kxexplain.gradients import nested
 from kxexplain.gradients.interception import name_of
 from kxexplain.gradients.secant import kinked_slope, rank_one_residual, relu_slope, slope
 from kxexplain.gradients.two_point import (
@@ -46,12 +46,11 @@ def quadratic(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 def _join(starts: Any, ends: Any, middles: Any, trace: Trace, *, settled: bool = False) -> Any:
     """Pair the outputs of a call leaf by leaf; unless settled, the middle's value becomes the mean of the ends."""
-    start_leaves, shape = tree_flatten(starts)
-    end_leaves, middle_leaves = tree_flatten(ends)[0], tree_flatten(middles)[0]
-    if not len(start_leaves) == len(end_leaves) == len(middle_leaves):
+    parts = [list(nested.leaves(values)) for values in (starts, ends, middles)]
+    if len({len(leaves) for leaves in parts}) > 1:
         raise Untraceable("an operation returned different structures at the two ends")
-    pairs = zip(start_leaves, end_leaves, middle_leaves, strict=True)
-    return tree_unflatten([_pair(*leaves, trace, settled) for leaves in pairs], shape)
+    pairs = (_pair(start, end, middle, trace, settled) for start, end, middle in zip(*parts, strict=True))
+    return nested.change(starts, lambda _: next(pairs))
 
 
 def _pair(start: Any, end: Any, middle: Any, trace: Trace, settled: bool) -> Any:
@@ -128,14 +127,14 @@ def secant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     trace = inputs[0].tracer
     place = trace.place
     starts, ends = both_ends(func, args, kwargs)
-    middles, shape = tree_flatten(in_middle(func, args, kwargs))
+    middles = in_middle(func, args, kwargs)
     pushed = _pushforward(func, args, kwargs, moved)
-    leaves = zip(middles, tree_flatten(starts)[0], tree_flatten(ends)[0], pushed, strict=True)
-    corrected = [
+    leaves = zip(*(nested.leaves(values) for values in (middles, starts, ends)), pushed, strict=True)
+    corrected = (
         _corrected(middle, start, end, push, moved, trace.per_example(place, leaf, moved), trace)
         for leaf, (middle, start, end, push) in enumerate(leaves)
-    ]
-    return _join(starts, ends, tree_unflatten(corrected, shape), trace)
+    )
+    return _join(starts, ends, nested.change(middles, lambda _: next(corrected)), trace)
 
 
 def _corrected(
@@ -170,10 +169,10 @@ def _pushforward(
     """
     points = {id(u): u.middle.detach().requires_grad_() for u in inputs}
     with torch.enable_grad():
-        swapped = tree_map_only(TwoPoint, lambda t: points.get(id(t), t.middle), (args, kwargs))
-        outputs = tree_flatten(func(*swapped[0], **swapped[1]))[0]
+        swap = lambda t: points.get(id(t), t.middle) if isinstance(t, TwoPoint) else t  # noqa: E731
+        outputs = func(*nested.change(args, swap), **nested.change(kwargs, swap))
         widths = [u.end - u.start for u in inputs]
-        return [_push(value, list(points.values()), widths) for value in outputs]
+        return [_push(value, list(points.values()), widths) for value in nested.leaves(outputs)]
 
 
 def _push(value: Any, points: list[Tensor], widths: list[Tensor]) -> Tensor | None:

@@ -17,8 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_any, tree_iter, tree_map_only
 
+from kxexplain.gradients import nested
 from kxexplain.gradients.interception import name_of, out_of_place, transparent
 
 
@@ -81,7 +81,7 @@ class Trace:
 
     def met(self, place: Place, output: Any) -> None:
         """Note what an operation's outputs hold."""
-        for leaf, value in enumerate(tree_iter(output)):
+        for leaf, value in enumerate(nested.leaves(output)):
             if isinstance(value, Tensor):
                 self.shapes[place, leaf] = value.shape
                 if isinstance(value, TwoPoint):
@@ -158,9 +158,9 @@ class Substitution(TorchFunctionMode):
         if name_of(func) in METADATA:
             return func(*args, **(kwargs or {}))
         self.trace.call += 1
-        swap = lambda t: self.pairs.get(id(t), t)  # noqa: E731
-        args, kwargs = tree_map_only(Tensor, swap, (args, kwargs or {}))
-        if not tree_any(is_two_point, (args, kwargs)):
+        swap = lambda value: self.pairs.get(id(value), value)  # noqa: E731
+        args, kwargs = nested.change(args, swap), nested.change(kwargs or {}, swap)
+        if not two_points((args, kwargs)):
             return func(*args, **kwargs)
         return dispatch(func, args, kwargs)
 
@@ -219,13 +219,13 @@ def is_two_point(value: Any) -> bool:
 
 def two_points(args: Any) -> list[TwoPoint]:
     """The two-point tensors among (nested) arguments, in order."""
-    return [leaf for leaf in tree_iter(args) if isinstance(leaf, TwoPoint)]
+    return [leaf for leaf in nested.leaves(args) if isinstance(leaf, TwoPoint)]
 
 
 def at(place: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The call evaluated at one place: ``"start"``, ``"end"`` or ``"middle"``."""
-    args, kwargs = tree_map_only(TwoPoint, lambda t: getattr(t, place), (args, kwargs))
-    return func(*args, **kwargs)
+    read = lambda value: getattr(value, place) if isinstance(value, TwoPoint) else value  # noqa: E731
+    return func(*nested.change(args, read), **nested.change(kwargs, read))
 
 
 def both_ends(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -110,10 +110,9 @@ def query_features(trajectory: Trajectory, side: QuerySide, projection: Projecti
     features = torch.zeros(side.rows, projection.dim)
     with torch.random.fork_rng(devices=[]):
         for segment in recorded_segments(trajectory, side.prediction.device):
-            side.fit(segment)
             columns = features[:, projection.columns(segment.number)]
             for rows in side.chunks():
-                for weight, secant in side.secants(segment, rows):
+                for weight, secant in side.secants(segment.start, segment.end, rows):
                     sketches = _sketch(secant, projection, segment.number)[:, 0] * weight
                     columns[rows] += sketches.to("cpu", torch.float32)
     return features

@@ -80,9 +80,9 @@ class Replayer:
         self.trajectory = trajectory
         self.dataset = dataset
         self.model = _private(model)
-        self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        self.optimizer = build_optimizer(trajectory.manifest.optimizer, dict(self.model.named_parameters()))
+        self._look_up()
         self.device = next(iter(self.parameters.values())).device
-        self.optimizer = build_optimizer(trajectory.manifest.optimizer, self.parameters)
         self.position = -1
         self.drift = 0.0
         self._loss = trajectory.loss
@@ -108,7 +108,7 @@ class Replayer:
         """
         record = self._next_record()
         self._restore(record.step)
-        trained = [p for p in self._optimized() if p.requires_grad]
+        trained = [p for p in self._optimized if p.requires_grad]
         inputs, targets = fetch(self.dataset, record.indices, self.device)
         with torch.enable_grad():
             result = self._forward(inputs, targets, watch)
@@ -117,7 +117,8 @@ class Replayer:
         if watch is not None:
             watch.collect(at_edges)
         factor = record.sign * record.clip
-        self.optimizer.zero_grad(set_to_none=True)  # also of parameters frozen since the last step
+        for parameter in self._optimized:  # also those frozen since the last step
+            parameter.grad = None
         assign(trained, found if factor == 1 else [g if g is None else g * factor for g in found])
         set_rates(self.optimizer, record.rates)
         self.optimizer.step()
@@ -125,21 +126,26 @@ class Replayer:
         self.position += 1
         if self.position in self._recorded:
             self._arrive()
-        names = {id(p): name for name, p in self.parameters.items()}
-        named = {names[id(p)]: g for p, g in zip(trained, found, strict=True) if g is not None}
+        named = {self._names[id(p)]: g for p, g in zip(trained, found, strict=True) if g is not None}
         return ReplayedStep(record, result.outputs.detach(), result.losses.detach(), named)
 
     def twin(self) -> Replayer:
         """Another replayer at the same position, which can run ahead without moving this one."""
         twin = copy.copy(self)
         twin.model, twin.optimizer = copy.deepcopy((self.model, self.optimizer))
-        twin.parameters = dict(twin.model.named_parameters())
+        twin._look_up()
         return twin
 
     def copy_state(self) -> Tensors:
         """Detached copies of all parameters and floating-point buffers, by name."""
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         return {k: t.detach().clone() for k, t in tensors.items() if t.is_floating_point()}
+
+    def _look_up(self) -> None:
+        """The parameters of this replayer's model and optimiser, which every step asks for."""
+        self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
+        self._names = {id(p): name for name, p in self.parameters.items()}
+        self._optimized = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _next_record(self) -> StepRecord:
         if self.position < 0:
@@ -165,9 +171,6 @@ class Replayer:
             reduction=self.trajectory.manifest.reduction,
             around=None if watch is None else watch.forward(),
         )
-
-    def _optimized(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _load(self, state: State) -> None:
         load_model(state, self.model)

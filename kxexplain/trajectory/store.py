@@ -12,13 +12,12 @@ import json
 import math
 import os
 import sqlite3
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from kxexplain.errors import TrajectoryError
 from kxexplain.trajectory.records import StateRecord
@@ -128,10 +127,11 @@ class Row(NamedTuple):
 
     def columns(self) -> tuple[Any, ...]:
         """The columns of the table ``steps``."""
-        rates, indices = np.array(self.rates, "<f8"), np.array(self.indices, "<i8")
+        rates = struct.pack(f"<{len(self.rates)}d", *self.rates)
+        indices = struct.pack(f"<{len(self.indices)}q", *self.indices)
         loss = None if math.isnan(self.loss) else self.loss
         return (
-            *(self.step, self.epoch, rates.tobytes(), indices.tobytes()),
+            *(self.step, self.epoch, rates, indices),
             *(loss, self.gradient_norm, self.sign, float(self.clip)),
         )
 
