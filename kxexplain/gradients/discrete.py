@@ -163,7 +163,8 @@ class DiscreteGradient:
             outputs, traces[rows] = self._run(start, end, leaves, batch, capture)
             return outputs.middle if isinstance(outputs, TwoPoint) else outputs
 
-        layout = measure(run, leaves)
+        with torch.enable_grad():
+            layout = measure(run, leaves)
         self.extents = _extents(traces[2].shapes, traces[3].shapes)
         return layout
 

@@ -35,7 +35,8 @@ def layout_of(model: nn.Module, inputs: Inputs, parameters: Tensors) -> Layout:
         with capture:
             return outputs_2d(call(model, batch))
 
-    return measure(run, parameters)
+    with torch.enable_grad():
+        return measure(run, parameters)
 
 
 def differentiate(values: Tensor, capture: Capture, parameters: Tensors, *, keep_graph: bool = False) -> Factors:
