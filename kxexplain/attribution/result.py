@@ -22,6 +22,14 @@ from kxexplain.errors import ArgumentError, MissingExtraError, TrajectoryError
 
 FORMAT = "kxexplain-explanation-1"
 LINES = ("baseline", "contributions", "regularizer", "buffers", "unattributed", "remainder", "prediction")
+AXES = {
+    "contributions": "qnc", **dict.fromkeys((n for n in LINES if n != "contributions"), "qc"), "path_kernel": "qncc",
+    "output": "q", "timeline.steps": "S", "timeline.examples": "qk", "timeline.bins": "B", "timeline.shares": "bqkc",
+    **{f"totals.{name}": "sqc" for name in LINES[1:5]},
+}  # fmt: skip
+"""A file's tensors: query, example n, output c (if all are explained), segment s, bin b, and their borders S and B."""
+WHOLE_NUMBERS = ("output", "timeline.steps", "timeline.examples", "timeline.bins")
+OPTIONAL = ("path_kernel", "output")
 
 
 @dataclass(frozen=True)
@@ -311,9 +319,12 @@ class Explanation:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise TrajectoryError(f"{path} is not a readable explanation: {error}") from error
-        missing = {*LINES, "timeline.steps", "timeline.examples", "timeline.bins", "timeline.shares"} - set(tensors)
-        if about.get("format") != FORMAT or missing:
-            raise TrajectoryError(f"{path} is no explanation of format {FORMAT}: got {about.get('format')!r}")
+        facts = _facts(about)
+        problem = "facts that are missing or no JSON object" if facts is None else _misfit(tensors)
+        if about.get("format") != FORMAT:
+            problem = f"format {about.get('format')!r}"
+        if facts is None or problem:
+            raise TrajectoryError(f"{path} is no explanation of format {FORMAT}: got {problem}; save it anew")
         timeline = Timeline(
             totals={n.removeprefix("totals."): t for n, t in tensors.items() if n.startswith("totals.")},
             **{name: tensors[f"timeline.{name}"] for name in ("steps", "examples", "bins", "shares")},
@@ -325,7 +336,7 @@ class Explanation:
             labels=tensors.get("labels"),
             queries=tensors.get("queries"),
             timeline=timeline,
-            facts=json.loads(about["facts"]),
+            facts=facts,
             dataset=dataset,
         )
 
@@ -346,6 +357,41 @@ class Explanation:
         _, label = self.dataset[example]
         value = label.item() if isinstance(label, Tensor) and label.numel() == 1 else label
         return f" (label {value:g})" if isinstance(value, (int, float)) else ""
+
+
+def _facts(about: dict[str, str]) -> dict[str, Any] | None:
+    """The facts in a file's metadata."""
+    try:
+        facts = json.loads(about["facts"])
+    except (KeyError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def _misfit(tensors: dict[str, Tensor]) -> str | None:
+    """In words, what is wrong with a file's tensors."""
+    sizes: dict[str, int] = {}
+    for name, axes in AXES.items():
+        if name not in tensors:
+            if name in OPTIONAL:
+                continue
+            return f"no {name}"
+        found = tensors[name]
+        letters = axes if tensors["contributions"].dim() == 3 else axes.replace("c", "")
+        fits = found.dim() == len(letters) and all(
+            sizes.setdefault(letter, size) == size for letter, size in zip(letters, found.shape, strict=True)
+        )
+        if not fits or found.is_floating_point() == (name in WHOLE_NUMBERS):
+            return f"{name} of type {found.dtype} and shape {tuple(found.shape)}, where {sizes} are known"
+    for name in ("labels", "queries"):
+        if name in tensors and tensors[name].shape[:1] != (sizes["q"],):
+            return f"{name} of shape {tuple(tensors[name].shape)} for {sizes['q']} queries"
+    if sizes["S"] != sizes["s"] + 1 or sizes["B"] != sizes["b"] + 1:
+        return f"timeline borders that do not fit its segments or bins: {sizes}"
+    examples = tensors["timeline.examples"]
+    if bool(((examples < 0) | (examples >= sizes["n"])).any()):
+        return f"timeline.examples that are not among the {sizes['n']} examples"
+    return None
 
 
 def _norm(blocks: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from kxexplain.errors import TargetError
 from kxexplain.gradients.two_point import TwoPoint
-from kxexplain.trajectory.losses import LossFunction
+from kxexplain.trajectory.losses import LOSSES, LossFunction, check_losses
 
 TargetSpec = int | str | Callable[[Tensor], Tensor]
 NAMES = ("predicted", "label", "margin", "loss", "all")
+UNFIT = (IndexError, RuntimeError, TypeError, ValueError)
+"""What torch raises where shapes, types or class numbers do not fit."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ def resolve_target(
         loss: the per-example loss of training.
 
     Raises:
-        TargetError: unknown name, output out of range, or labels that are needed and missing.
+        TargetError: unknown name, output out of range, labels that are needed and missing or do not fit, or a
+            function that returns another shape.
     """
     if callable(target):
         return _function(target, outputs)
@@ -93,7 +96,15 @@ def _margin(outputs: Tensor, own: Tensor) -> ResolvedTarget:
 def _loss(outputs: Tensor, labels: Tensor | None, loss: LossFunction | None) -> ResolvedTarget:
     if labels is None or loss is None:
         raise TargetError('target "loss" needs labels; give the queries as a dataset of (input, target)')
-    known = labels
+    known, place = labels, torch.device("cpu") if loss in LOSSES.values() else outputs.device
+    try:
+        with torch.no_grad():  # not on a GPU if that can be avoided: a class that does not exist would break it
+            check_losses(loss(outputs.to(place), labels.to(place)), len(outputs))
+    except UNFIT as error:
+        raise TargetError(
+            f"the queries' labels, {labels.dtype} of shape {tuple(labels.shape)}, do not fit the loss of training on "
+            f"outputs of shape {tuple(outputs.shape)}: {error}; give labels like the training examples'"
+        ) from error
 
     def select(values: Tensor, rows: Tensor | slice) -> Tensor:
         assert loss is not None
@@ -103,7 +114,13 @@ def _loss(outputs: Tensor, labels: Tensor | None, loss: LossFunction | None) -> 
 
 
 def _function(function: Callable[[Tensor], Tensor], outputs: Tensor) -> ResolvedTarget:
-    found = function(outputs)
+    try:
+        found = function(outputs)
+    except UNFIT as error:
+        raise TargetError(
+            f"the target function failed on outputs of shape {tuple(outputs.shape)}: {error}; expected a function from "
+            "outputs [n, C] to one number per row"
+        ) from error
     if not isinstance(found, Tensor) or found.shape != (len(outputs),):
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise TargetError(f"the target function returned {got}; expected a tensor of shape ({len(outputs)},)")

@@ -15,7 +15,7 @@ from kxexplain.gradients.capture import Capture, Layout, Use, measure
 from kxexplain.gradients.contacts import ASSEMBLY
 from kxexplain.gradients.factors import Dense, Factors, merge
 from kxexplain.shapes import Inputs, Tensors
-from kxexplain.trajectory.batches import call, count, outputs_2d, take
+from kxexplain.trajectory.batches import call, copied, count, outputs_2d, take
 
 Select = Callable[[Tensor], Tensor]
 """From outputs [n, C] to the quantities differentiated, [n, c]; each row depends on its own row only."""
@@ -35,7 +35,8 @@ def layout_of(model: nn.Module, inputs: Inputs, parameters: Tensors) -> Layout:
         with capture:
             return outputs_2d(call(model, batch))
 
-    return measure(run, parameters)
+    with torch.enable_grad():
+        return measure(run, parameters)
 
 
 def differentiate(values: Tensor, capture: Capture, parameters: Tensors, *, keep_graph: bool = False) -> Factors:
@@ -112,7 +113,7 @@ def output_gradients(
         The quantities, [n, c], without graph, and their gradients.
     """
     parameters = trainable(model)
-    capture = Capture(parameters, layout, count(inputs))
+    capture, inputs = Capture(parameters, layout, count(inputs)), copied(inputs)
     with torch.enable_grad():
         with capture:
             outputs = outputs_2d(call(model, inputs))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError
-from kxexplain.kernels.tangent import Outputs, TangentKernel
+from kxexplain.kernels.tangent import Outputs, TangentKernel, require_inputs
 from kxexplain.shapes import Inputs
 from kxexplain.trajectory import State, Trajectory
 from kxexplain.trajectory.batches import take
@@ -70,6 +70,7 @@ def path_kernel(
 
     Raises:
         ModelError: not the recorded architecture.
+        DatasetError: no inputs.
         ArgumentError: no steps, or an unknown value of ``outputs``.
 
     Source: Domingos 2020, arXiv 2012.00152, definition 2.
@@ -84,6 +85,7 @@ def path_kernel(
             [0., 2.]])
     """
     trajectory.check_model(model)
+    require_inputs(x1, x2)
     private = copy.deepcopy(model).eval()
     kernel = TangentKernel(private, take(x1, slice(0, 1)), outputs, batch)
     total: Tensor | None = None

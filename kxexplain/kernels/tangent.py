@@ -75,6 +75,12 @@ class TangentKernel:
         return squared_norm(self.gradients(inputs)).sum(1)
 
 
+def require_inputs(*batches: Inputs | None) -> None:
+    """``DatasetError`` if one of the batches that are given is empty."""
+    if any(batch is not None and count(batch) == 0 for batch in batches):
+        raise DatasetError("there are no inputs; give at least one")
+
+
 def tangent_kernel(
     model: nn.Module, x1: Inputs, x2: Inputs | None = None, outputs: Outputs = "trace", *, batch: int = 256
 ) -> Tensor:
@@ -103,8 +109,7 @@ def tangent_kernel(
     tensor([[ 6.,  4.],
             [ 4., 10.]])
     """
-    if count(x1) == 0 or (x2 is not None and count(x2) == 0):
-        raise DatasetError("there are no inputs; give at least one")
+    require_inputs(x1, x2)
     kernel = TangentKernel(model, x1, outputs, batch)
     with torch.random.fork_rng(devices=[]):
         left = kernel.gradients(x1)

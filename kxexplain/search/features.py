@@ -22,7 +22,7 @@ from kxexplain.attribution.decompose import progress_bar
 from kxexplain.attribution.queries import QuerySide, moving_names
 from kxexplain.attribution.targets import resolve_target
 from kxexplain.attribution.walk import Movement, Segment, Updates, Walk, bounds
-from kxexplain.errors import ArgumentError, TargetError
+from kxexplain.errors import ArgumentError
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Dense
 from kxexplain.gradients.projection import Projection
@@ -140,11 +140,6 @@ def descent(trajectory: Trajectory, side: QuerySide) -> tuple[QuerySide | None, 
         if trajectory.loss_name not in CLASS_LOSSES:
             return None, "target"
         labels, name = _predicted(outputs, trajectory.loss_name), "loss of the predicted label"
-    try:
-        with torch.no_grad():
-            trajectory.loss(outputs, labels)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise TargetError(f"the queries' labels do not fit the loss {trajectory.loss_name}: {error}") from error
     return replace(side, target=resolve_target("loss", outputs, labels, trajectory.loss)), name
 
 

@@ -179,6 +179,10 @@ def test_foreign_but_well_formed_files(explanation: kx.Explanation, tmp_path: Pa
         "facts no json": (tensors, {**about, "facts": "{"}),
         "facts no dict": (tensors, {**about, "facts": json.dumps([1])}),
         "shapes disagree": ({**tensors, "baseline": tensors["baseline"][:2]}, about),
+        "another type": ({**tensors, "contributions": tensors["contributions"].long()}, about),
+        "examples outside": ({**tensors, "timeline.examples": tensors["timeline.examples"] + 14}, about),
+        "borders missing": ({**tensors, "timeline.steps": tensors["timeline.steps"][1:]}, about),
+        "too few labels": ({**tensors, "labels": tensors["labels"][1:]}, about),
         "totals missing": ({k: v for k, v in tensors.items() if not k.startswith("totals.")}, about),
     }
     for name, (content, metadata) in wrong.items():

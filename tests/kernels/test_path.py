@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -67,13 +68,17 @@ def test_a_linear_model_s_kernel_is_constant(tmp_path: Path) -> None:
     assert_close(kx.path_kernel(trajectory, problem.model, x), expected, 1e-13)
 
 
-def test_refuses_what_makes_no_sense(tmp_path: Path) -> None:
+def test_refuses_what_makes_no_sense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user meets it: while tests run, the check of annotated types would come before our own."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     problem = CASES["mlp-tanh"].build()
     trajectory = run(problem, tmp_path)
     with pytest.raises(kx.ModelError):
         kx.path_kernel(trajectory, nn.Linear(6, 3, dtype=torch.float64), problem.inputs)
     with pytest.raises(kx.KxError):
         kx.path_kernel(trajectory, problem.model, problem.inputs[:0])
+    with pytest.raises(kx.DatasetError):
+        kx.path_kernel(trajectory, problem.model, problem.inputs, problem.inputs[:0])
     with pytest.raises(kx.ArgumentError):
         kx.path_kernel(trajectory, problem.model, problem.inputs, outputs="diagonal")  # type: ignore[arg-type]
 
