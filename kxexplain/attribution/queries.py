@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from kxexplain.kernels.quadrature import Rule
 from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory import State, Trajectory
 from kxexplain.trajectory.batches import call, copied, count, fetch, leaves, outputs_2d, take
+from kxexplain.trajectory.forward import private_copy
 
 
 @dataclass
@@ -64,7 +64,7 @@ class QuerySide:
             TargetError: the target does not exist.
         """
         trajectory.check_model(model)
-        private = copy.deepcopy(model).eval()
+        private = private_copy(model).eval()
         device = next(private.parameters()).device
         inputs, labels = query_batch(queries, device)
         first, last = (trajectory.state(trajectory.states[i].step) for i in (0, -1))
@@ -73,13 +73,16 @@ class QuerySide:
             check_takes(private, inputs)
             before = evaluate(private, inputs)
             put(last, private)
-            after = evaluate(private, inputs)
+            shaped = outputs_of(private, inputs)
+            after = outputs_2d(shaped)
             if not torch.equal(after, evaluate(private, inputs)):
                 raise ModelError(
                     "the model gives different outputs for the same inputs in evaluation mode; something random "
                     "(dropout called as a function?) is left on: make it depend on self.training"
                 )
-        resolved = resolve_target(target, after, labels, trajectory.loss if target == "loss" else None)
+        resolved = resolve_target(
+            target, after, labels, trajectory.loss if target == "loss" else None, shaped.shape[1:]
+        )
         names = moving_names(trajectory, first, last)
         buffers = {name for name, _ in private.named_buffers()}
         with torch.no_grad():
@@ -160,8 +163,12 @@ def _to(inputs: Any, device: torch.device) -> Any:
 
 def moving_names(trajectory: Trajectory, first: State, last: State) -> list[str]:
     """The parameters that train and the floating-point buffers that change, by name."""
-    signature = trajectory.manifest.model
-    names = [t.name for t in signature.parameters if t.requires_grad or _differ(first, last, t.name)]
+    optimized = {name for group in trajectory.manifest.optimizer.groups for name in group.names}
+    names = [
+        t.name
+        for t in trajectory.manifest.model.parameters
+        if (t.requires_grad and t.name in optimized) or _differ(first, last, t.name)
+    ]
     return names + [
         name for name, value in first.buffers.items() if value.is_floating_point() and _differ(first, last, name)
     ]
@@ -174,8 +181,13 @@ def _differ(first: State, last: State, name: str) -> bool:
 
 def evaluate(model: nn.Module, inputs: Inputs) -> Tensor:
     """Outputs [n, C] of a model as it stands, without graph."""
+    return outputs_2d(outputs_of(model, inputs))
+
+
+def outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Outputs of a model as it stands, in the shape it gives them, without graph."""
     with torch.no_grad():
-        return outputs_2d(call(model, copied(inputs)))
+        return call(model, copied(inputs))
 
 
 def check_takes(model: nn.Module, inputs: Inputs) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,11 @@ class ResolvedTarget:
 
 
 def resolve_target(
-    target: TargetSpec, outputs: Tensor, labels: Tensor | None, loss: LossFunction | None
+    target: TargetSpec,
+    outputs: Tensor,
+    labels: Tensor | None,
+    loss: LossFunction | None,
+    shape: Sequence[int] | None = None,
 ) -> ResolvedTarget:
     """Check a target against the queries' final outputs and make it definite.
 
@@ -47,6 +51,7 @@ def resolve_target(
         outputs: the trained model's outputs, [q, C].
         labels: the queries' targets, [q], if known.
         loss: the per-example loss of training.
+        shape: one example's outputs as the model gives them and the loss of training saw them; (C,) if ``None``.
 
     Raises:
         TargetError: unknown name, output out of range, labels that are needed and missing or do not fit, or a
@@ -71,7 +76,7 @@ def resolve_target(
         own = outputs.argmax(1) if labels is None else _classes(labels, outputs, target)
         return _margin(outputs, own)
     if target == "loss":
-        return _loss(outputs, labels, loss)
+        return _loss(outputs, labels, loss, outputs.shape[1:] if shape is None else shape)
     raise TargetError(f"got target {target!r}; expected an output number, a function, or one of {NAMES}")
 
 
@@ -93,13 +98,13 @@ def _margin(outputs: Tensor, own: Tensor) -> ResolvedTarget:
     return ResolvedTarget("margin", select, own, None)
 
 
-def _loss(outputs: Tensor, labels: Tensor | None, loss: LossFunction | None) -> ResolvedTarget:
+def _loss(outputs: Tensor, labels: Tensor | None, loss: LossFunction | None, shape: Sequence[int]) -> ResolvedTarget:
     if labels is None or loss is None:
         raise TargetError('target "loss" needs labels; give the queries as a dataset of (input, target)')
     known, place = labels, torch.device("cpu") if loss in LOSSES.values() else outputs.device
     try:
         with torch.no_grad():  # not on a GPU if that can be avoided: a class that does not exist would break it
-            check_losses(loss(outputs.to(place), labels.to(place)), len(outputs))
+            check_losses(loss(outputs.reshape(-1, *shape).to(place), labels.to(place)), len(outputs))
     except UNFIT as error:
         raise TargetError(
             f"the queries' labels, {labels.dtype} of shape {tuple(labels.shape)}, do not fit the loss of training on "
@@ -108,7 +113,7 @@ def _loss(outputs: Tensor, labels: Tensor | None, loss: LossFunction | None) -> 
 
     def select(values: Tensor, rows: Tensor | slice) -> Tensor:
         assert loss is not None
-        return loss(values, known[rows]).reshape(-1, 1)
+        return loss(values.reshape(-1, *shape), known[rows]).reshape(-1, 1)
 
     return ResolvedTarget("loss", select, None, None)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kxexplain.errors import ArgumentError
 from kxexplain.gradients.factors import Factors, concatenate, scale, signature, size, take, weigh
-from kxexplain.gradients.ordinary import StepGradients, layout_of, trainable
+from kxexplain.gradients.ordinary import StepGradients, layout_of
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import Replayer, StepRecord, Trajectory, split
 from kxexplain.trajectory.batches import fetch
@@ -154,7 +154,8 @@ class Walk:
             self.wanted = torch.zeros(self.trajectory.manifest.dataset.count, dtype=torch.bool)
             self.wanted[examples] = True
         replayer.seek(0)
-        self.parameters = trainable(replayer.model)
+        optimized = [name for group in self.trajectory.manifest.optimizer.groups for name in group.names]
+        self.parameters = {name: replayer.parameters[name] for name in optimized}
         self.itemised = self._split(0) is not None
         if not self.itemised:
             name = self.trajectory.manifest.optimizer.name

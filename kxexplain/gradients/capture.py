@@ -91,14 +91,14 @@ class Capture(TorchFunctionMode):
     """Sees the uses of the given parameters in the code run inside it.
 
     Args:
-        parameters: name → tensor, the leaves whose per-example gradients are wanted.
+        parameters: name → tensor, the leaves whose per-example gradients are wanted; frozen ones have none.
         layout: where the examples are; ``None`` while that is being measured.
         rows: number of examples in the batch.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], layout: Layout | None, rows: int) -> None:
         super().__init__()
-        self.sources = {id(tensor): Source(name, tensor, tensor.numel()) for name, tensor in parameters.items()}
+        self.sources = {id(t): Source(name, t, t.numel()) for name, t in parameters.items() if t.requires_grad}
         self.layout, self.rows = layout, rows
         self.uses: list[Use] = []
         self.loose: set[str] = set()

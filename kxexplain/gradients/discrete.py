@@ -110,15 +110,15 @@ class DiscreteGradient:
                 outputs = outputs_2d(call(self.model, inputs))
             middle = target(outputs, rows)
             factors = differentiate(middle, capture, parameters)
-        if not factors:  # nothing that autograd can see: the correction is the whole gradient
-            name, parameter = next(iter(parameters.items()))
-            factors = [Dense(name, values[0].new_zeros(*values[0].shape, parameter.numel()))]
         return self._finish(start, end, values, factors, correct=True)
 
     def _finish(
         self, start: Tensors, end: Tensors, values: tuple[Tensor, ...], factors: Factors, correct: bool
     ) -> Secant:
         direction = {name: end[name] - start[name] for name in self.names}
+        if not factors:  # nothing that autograd can see: the correction, if any, is the whole gradient
+            name, moved = next(iter(direction.items()))
+            factors = [Dense(name, values[0].new_zeros(*values[0].shape, moved.numel()))]
         correction = None
         if correct:
             norm = torch.stack([d.square().sum() for d in direction.values()]).sum()

@@ -26,7 +26,7 @@ def gram(left: Factors, right: Factors) -> Float[Tensor, "n c m k"]:
         right: gradients of m examples with k outputs each.
 
     Returns:
-        [n, c, m, k]; summed over all parameters that both sides have.
+        [n, c, m, k]; summed over all parameters that both sides have, zero if there are none.
     """
     return _accumulate(left, right, _outer_full, _dense_full)
 
@@ -49,9 +49,13 @@ def _accumulate(left: Factors, right: Factors, outer, dense) -> Tensor:  # type:
             assert isinstance(h, Dense)
             term = dense(f.values, h.values)
         total = term if total is None else total.add_(term)
-    if total is None:
-        raise ValueError("the two sets of gradients have no parameter in common")
-    return total
+    return outer(_nothing(left[0]), _nothing(right[0])) if total is None else total
+
+
+def _nothing(like: Factor) -> Outer:
+    """Gradients of value zero, for as many examples and outputs."""
+    values = like.g if isinstance(like, Outer) else like.values
+    return Outer("", None, values.new_zeros(like.rows, 1, 1), values.new_zeros(*values.shape[:2], 1, 1))
 
 
 def _pairs(left: Factors, right: Factors) -> list[tuple[Factor, Factor]]:

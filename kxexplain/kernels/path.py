@@ -8,7 +8,6 @@ vector machine needs. (The bill's own kernel counts an example only while it is 
 
 from __future__ import annotations
 
-import copy
 from itertools import pairwise
 
 import torch
@@ -19,6 +18,7 @@ from kxexplain.kernels.tangent import Outputs, TangentKernel, require_inputs
 from kxexplain.shapes import Inputs
 from kxexplain.trajectory import State, Trajectory
 from kxexplain.trajectory.batches import take
+from kxexplain.trajectory.forward import private_copy
 
 
 def flow_weights(trajectory: Trajectory) -> list[float]:
@@ -86,7 +86,7 @@ def path_kernel(
     """
     trajectory.check_model(model)
     require_inputs(x1, x2)
-    private = copy.deepcopy(model).eval()
+    private = private_copy(model).eval()
     kernel = TangentKernel(private, take(x1, slice(0, 1)), outputs, batch)
     total: Tensor | None = None
     with torch.random.fork_rng(devices=[]):

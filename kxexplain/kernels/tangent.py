@@ -2,7 +2,6 @@ r"""The tangent kernel K_θ(x, x') = ⟨∇_θ f(x), ∇_θ f(x')⟩ of a model 
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from kxexplain.gradients.ordinary import layout_of, output_gradients, trainable
 from kxexplain.gradients.products import gram, gram_trace, squared_norm
 from kxexplain.shapes import Inputs
 from kxexplain.trajectory.batches import count, take
+from kxexplain.trajectory.forward import private_copy
 
 Outputs = Literal["trace", "full"] | int
 
@@ -34,7 +34,7 @@ class TangentKernel:
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, outputs: Outputs = "trace", batch: int = 256) -> None:
-        self.model = copy.deepcopy(model).eval()
+        self.model = private_copy(model).eval()
         if not trainable(self.model):
             raise ModelError("the model has no trainable parameters: its tangent kernel is empty")
         if outputs not in ("trace", "full") and (isinstance(outputs, bool) or not isinstance(outputs, int)):

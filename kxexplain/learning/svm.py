@@ -7,7 +7,6 @@ the kernel is what training learnt; where they do not, the rest is in α.
 
 from __future__ import annotations
 
-import copy
 from typing import Literal
 
 import numpy as np
@@ -80,7 +79,7 @@ def compare_svm(
     x_test, raw_test = _whole(test, "test", device)
     _, raw_train = _whole(train, "training", device)
     trajectory.check_dataset(train)
-    private = copy.deepcopy(model).eval()
+    private = private_copy(model).eval()
     put(last, private)
     outputs = torch.cat([evaluate(private, take(x_test, s)) for s in _slices(count(x_test))])
     y_train, y_test = (_classes(raw, outputs, trajectory.loss_name) for raw in (raw_train, raw_test))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,27 @@ class Forward(NamedTuple):
     outputs: Tensor
     losses: Tensor
     total: Tensor
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model that shares nothing with it; ``ModelError`` if it cannot be copied.
+
+    What a module has kept of an earlier call (a weight computed by a hook, say) is copied without its graph.
+    """
+    kept = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        private = copy.deepcopy(model, kept)
+    except RuntimeError as error:
+        raise ModelError(
+            f"the model cannot be copied ({error}); build it afresh instead of passing one that has just been called"
+        ) from error
+    private.zero_grad(set_to_none=True)
+    return private
 
 
 def forward(

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from kxexplain.errors import ArgumentError, ModelError, ReplayError
+from kxexplain.errors import ArgumentError, ReplayError
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import rng
 from kxexplain.trajectory.batches import fetch
-from kxexplain.trajectory.forward import Forward, assign, forward, gradients
+from kxexplain.trajectory.forward import Forward, assign, forward, gradients, private_copy
 from kxexplain.trajectory.log import Modes
 from kxexplain.trajectory.records import StepRecord
 from kxexplain.trajectory.signature import build_optimizer
@@ -79,7 +79,7 @@ class Replayer:
         trajectory.check_dataset(dataset)
         self.trajectory = trajectory
         self.dataset = dataset
-        self.model = _private(model)
+        self.model = private_copy(model)
         self.optimizer = build_optimizer(trajectory.manifest.optimizer, dict(self.model.named_parameters()))
         self._look_up()
         self.device = next(iter(self.parameters.values())).device
@@ -196,18 +196,6 @@ class Replayer:
                 "clipped or changed outside the recorder; recording more states shortens replay"
             )
         self._load(state)
-
-
-def _private(model: nn.Module) -> nn.Module:
-    """A copy of the model that shares nothing with it."""
-    try:
-        private = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ModelError(
-            f"the model cannot be copied ({error}); build it afresh instead of passing one that has just been called"
-        ) from error
-    private.zero_grad(set_to_none=True)
-    return private
 
 
 def _set_modes(model: nn.Module, modes: Modes) -> None:
