@@ -371,6 +371,20 @@ class Argmax(nn.Module):
         return torch.where(h > 0.1, h, 0.3 * h) @ self.table + picked
 
 
+class IntoPlain(nn.Module):
+    """Writes what depends on the parameters into tensors that did not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, output = x.new_zeros(len(x), 5), x.new_ones(len(x), CLASSES)
+        hidden.copy_(torch.tanh(self.first(x)))
+        output += self.second(hidden)
+        return output
+
+
 class Recurrent(nn.Module):
     def __init__(self, batch_first: bool) -> None:
         super().__init__()
@@ -532,6 +546,7 @@ TABLE: list[Case] = [
     Case("custom-numpy", lambda: Between(ArctanByNumpy.apply), vectors, kind=UNKNOWN),
     Case("branch", Branching, vectors, smooth=False, kind=UNKNOWN),
     Case("argmax", Argmax, vectors, smooth=False, kind=UNKNOWN),
+    Case("into-plain", IntoPlain, vectors, kind=UNKNOWN),
     Case("lstm", lambda: Recurrent(True), sequences, kind=UNKNOWN),
     Case("lstm-time-first", lambda: Recurrent(False), sequences, kind=UNKNOWN),
     Case("time-maximum", TimeMaximum, sequences, smooth=False, kind=UNKNOWN),

@@ -61,7 +61,7 @@ def explain(
 
     Raises:
         ModelError: not the recorded architecture, or one whose outputs are not the same twice.
-        DatasetError: not the recorded examples, or no queries.
+        DatasetError: not the recorded examples, no queries, or queries that the model cannot take.
         TargetError: the target does not exist.
         ArgumentError: an unknown rule, stride or amount of memory.
         ReplayError: the log does not lead to the recorded states.

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from kxexplain.attribution.targets import ResolvedTarget, TargetSpec, resolve_target
 from kxexplain.attribution.walk import Segment
-from kxexplain.errors import DatasetError, ModelError
+from kxexplain.errors import DatasetError, KxError, ModelError
 from kxexplain.gradients.discrete import DiscreteGradient, Secant
 from kxexplain.gradients.factors import size
+from kxexplain.kernels.path import put
 from kxexplain.kernels.quadrature import Rule
 from kxexplain.shapes import Inputs
 from kxexplain.trajectory import State, Trajectory
-from kxexplain.trajectory.batches import call, count, fetch, leaves, outputs_2d, take
+from kxexplain.trajectory.batches import call, copied, count, fetch, leaves, outputs_2d, take
 
 
 @dataclass
@@ -56,16 +57,24 @@ class QuerySide:
         rule: Rule,
         budget: int,
     ) -> QuerySide:
-        """Check everything about the queries before any work starts."""
+        """Check everything about the queries before any work starts.
+
+        Raises:
+            ModelError: not the recorded architecture, or one whose outputs are not the same twice.
+            DatasetError: no queries, values that are not finite, or queries that the model cannot take.
+            TargetError: the target does not exist.
+        """
         trajectory.check_model(model)
         private = copy.deepcopy(model).eval()
         device = next(private.parameters()).device
         inputs, labels = query_batch(queries, device)
         first, last = (trajectory.state(trajectory.states[i].step) for i in (0, -1))
         with torch.random.fork_rng(devices=[]):
-            before = evaluate(private, first, inputs)
-            after = evaluate(private, last, inputs)
-            if not torch.equal(after, evaluate(private, last, inputs)):
+            put(first, private)
+            before = first_outputs(private, inputs)
+            put(last, private)
+            after = evaluate(private, inputs)
+            if not torch.equal(after, evaluate(private, inputs)):
                 raise ModelError(
                     "the model gives different outputs for the same inputs in evaluation mode; something random "
                     "(dropout called as a function?) is left on: make it depend on self.training"
@@ -163,11 +172,30 @@ def _differ(first: State, last: State, name: str) -> bool:
     return not torch.equal(a, b)
 
 
-def evaluate(model: nn.Module, state: State, inputs: Inputs) -> Tensor:
-    """Outputs [n, C] with a recorded state's values, without graph."""
+def evaluate(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Outputs [n, C] of a model as it stands, without graph."""
     with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            source = state.parameters.get(name, state.buffers.get(name))
-            assert source is not None
-            tensor.copy_(source)
-        return outputs_2d(call(model, inputs))
+        return outputs_2d(call(model, copied(inputs)))
+
+
+def first_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
+    """As :func:`evaluate`, of queries not tried before: the model must give each a row, together and alone.
+
+    Raises:
+        DatasetError: it does not; the shape or type is another than in training, or the batch axis is missing.
+    """
+    given = ", ".join(f"{path.lstrip('.')} {leaf.dtype} {tuple(leaf.shape)}".strip() for path, leaf in leaves(inputs))
+    advice = (
+        f"got queries {given}; expected a batch of inputs like the training examples': the same types, the same axes "
+        "after the first, which counts the queries (a single one is x[None])"
+    )
+    try:
+        together, alone = evaluate(model, inputs), evaluate(model, take(inputs, slice(0, 1)))
+    except (KxError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise DatasetError(f"the model cannot take the queries ({type(error).__name__}: {error}); {advice}") from error
+    if len(alone) != 1 or together.shape != (count(inputs), alone.shape[1]):
+        found = f"{tuple(together.shape)}, and for the first alone {tuple(alone.shape)}"
+        raise DatasetError(f"the model's outputs for {count(inputs)} queries have shape {found}; {advice}")
+    return together

@@ -15,7 +15,7 @@ from kxexplain.gradients.products import dot
 from kxexplain.gradients.secant import rank_one_residual
 from kxexplain.gradients.two_point import Extent, Place, Substitution, Trace, TwoPoint, Untraceable
 from kxexplain.shapes import Inputs, Tensors
-from kxexplain.trajectory.batches import call, count, outputs_2d, take
+from kxexplain.trajectory.batches import call, copied, count, outputs_2d, take
 
 Target = Callable[[Tensor, Tensor | slice], Tensor]
 """From outputs [n, C] and the rows they belong to, to the quantities explained, [n, c]."""
@@ -104,7 +104,7 @@ class DiscreteGradient:
         self._set({name: (start[name] + end[name]) / 2 for name in self.names})
         parameters = {name: v for name, v in self.variables.items() if v.requires_grad}
         layout = layout_of(self.model, inputs, parameters)
-        capture = Capture(parameters, layout, count(inputs))
+        capture, inputs = Capture(parameters, layout, count(inputs)), copied(inputs)
         with torch.enable_grad():
             with capture:
                 outputs = outputs_2d(call(self.model, inputs))
@@ -150,6 +150,7 @@ class DiscreteGradient:
             pair = TwoPoint(start[name], end[name], leaves[name], trace)
             pair.extent = Extent.FIXED
             pairs[id(self.variables[name])] = pair
+        inputs = copied(inputs)
         with torch.enable_grad(), Substitution(pairs, trace):
             return outputs_2d(call(self.model, inputs)), trace
 
@@ -176,7 +177,7 @@ class DiscreteGradient:
     def _plain(self, values: Tensors, inputs: Inputs) -> Tensor:
         self._set(values)
         with torch.no_grad():
-            return outputs_2d(call(self.model, inputs))
+            return outputs_2d(call(self.model, copied(inputs)))
 
     def _agrees(self, start: Tensors, end: Tensors, inputs: Inputs) -> bool:
         """Whether following the code gives the model's own outputs at both ends."""

@@ -15,7 +15,7 @@ from kxexplain.gradients.capture import Capture, Layout, Use, measure
 from kxexplain.gradients.contacts import ASSEMBLY
 from kxexplain.gradients.factors import Dense, Factors, merge
 from kxexplain.shapes import Inputs, Tensors
-from kxexplain.trajectory.batches import call, count, outputs_2d, take
+from kxexplain.trajectory.batches import call, copied, count, outputs_2d, take
 
 Select = Callable[[Tensor], Tensor]
 """From outputs [n, C] to the quantities differentiated, [n, c]; each row depends on its own row only."""
@@ -113,7 +113,7 @@ def output_gradients(
         The quantities, [n, c], without graph, and their gradients.
     """
     parameters = trainable(model)
-    capture = Capture(parameters, layout, count(inputs))
+    capture, inputs = Capture(parameters, layout, count(inputs)), copied(inputs)
     with torch.enable_grad():
         with capture:
             outputs = outputs_2d(call(model, inputs))

@@ -199,7 +199,9 @@ def _carry(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: d
     if rule is not None:
         return rule(func, args, kwargs)
     original = out_of_place(name)
-    if original is not None and isinstance(args[0], TwoPoint):
+    if name.endswith("_") and not isinstance(args[0], TwoPoint):
+        raise Untraceable("a two-point value is written into a plain tensor")
+    if original is not None:
         return args[0].become(dispatch(original, args, kwargs))
     return rules.secant(func, args, kwargs)
 

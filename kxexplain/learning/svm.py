@@ -81,7 +81,8 @@ def compare_svm(
     _, raw_train = _whole(train, "training", device)
     trajectory.check_dataset(train)
     private = copy.deepcopy(model).eval()
-    outputs = torch.cat([evaluate(private, last, take(x_test, s)) for s in _slices(count(x_test))])
+    put(last, private)
+    outputs = torch.cat([evaluate(private, take(x_test, s)) for s in _slices(count(x_test))])
     y_train, y_test = (_classes(raw, outputs, trajectory.loss_name) for raw in (raw_train, raw_test))
     chosen = stratified(y_train, limit, seed)
     x_train = fetch(train, chosen, device)[0]
@@ -89,7 +90,6 @@ def compare_svm(
         gram = path_kernel(trajectory, private, x_train)
         across = path_kernel(trajectory, private, x_test, x_train)
     else:
-        put(last, private)
         gram, across = tangent_kernel(private, x_train), tangent_kernel(private, x_test, x_train)
     return _fit(gram, across, y_train[chosen], (outputs, y_test), chosen=chosen, kernel=kernel, C=C)
 

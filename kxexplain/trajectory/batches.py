@@ -85,6 +85,20 @@ def take(inputs: Inputs, rows: slice | Tensor) -> Inputs:
     return tuple(take(value, rows) for value in inputs)
 
 
+def copied(inputs: Inputs) -> Inputs:
+    """A batch of its own, which a model may change in place; made outside tracers, which would count the copying.
+
+    >>> batch = torch.zeros(2)
+    >>> copied(batch).add_(1), batch
+    (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    if isinstance(inputs, Tensor):
+        return inputs.clone()
+    if isinstance(inputs, Mapping):
+        return {key: copied(value) for key, value in inputs.items()}
+    return tuple(copied(value) for value in inputs)
+
+
 def count(inputs: Inputs) -> int:
     """Number of rows of a batch; ``DatasetError`` if its tensors disagree.
 

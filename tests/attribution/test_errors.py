@@ -82,6 +82,21 @@ def test_queries_the_model_cannot_take(trained, queries: Tensor) -> None:
     refused(kx.KxError, trained, queries=queries)
 
 
+def test_a_batch_axis_forgotten_where_the_model_does_not_mind(tmp_path: Path) -> None:
+    """Six outputs for one input of width six look like six queries of one output."""
+    problem = Case("square", lambda: nn.Linear(6, 6), vectors, outputs=6).build()
+    trajectory = run(problem, tmp_path)
+    assert "x[None]" in refused(kx.DatasetError, (problem, trajectory), queries=problem.inputs[0])
+
+
+def test_queries_of_another_nesting(tmp_path: Path) -> None:
+    for name in ("two-inputs", "named-inputs", "tied-embedding"):
+        problem = CASES[name].build()
+        trajectory = run(problem, tmp_path / name)
+        refused(kx.DatasetError, (problem, trajectory), queries={"nothing": torch.zeros(2, 6).double()})
+        refused(kx.DatasetError, (problem, trajectory), queries=torch.full((2, 5), 1000))
+
+
 def test_wrong_targets(trained) -> None:
     problem, _ = trained
     for target in (3, -4, 1000, "predict", "", True):
@@ -89,6 +104,7 @@ def test_wrong_targets(trained) -> None:
     refused(kx.TargetError, trained, target=lambda outputs: outputs)
     refused(kx.TargetError, trained, target=lambda outputs: outputs.sum())
     refused(kx.TargetError, trained, target=lambda outputs: 1.0)
+    refused(kx.TargetError, trained, target=lambda outputs: outputs[:, 3])
     outside = TensorDataset(problem.inputs, torch.tensor([0, 1, 2, 3]))
     refused(kx.TargetError, trained, target="label", queries=outside)
     refused(kx.TargetError, trained, target="loss", queries=outside)
@@ -192,6 +208,8 @@ def test_a_model_that_changes_its_input_does_not_change_the_caller_s(tmp_path: P
     trajectory = run(problem, tmp_path, 0.3)
     queries = problem.inputs
     before = queries.clone()
-    explanation = kx.explain(trajectory, problem.model, problem.data, queries, "all")
-    assert torch.equal(queries, before)
+    for rule in ("start", "discrete"):
+        explanation = kx.explain(trajectory, problem.model, problem.data, queries, "all", rule=rule)
+        kx.tangent_kernel(problem.model, queries)
+        assert torch.equal(queries, before)
     assert_complete(explanation)
