@@ -51,7 +51,7 @@ TABLES = (
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        mark_open(item)
+        mark_whole(item)
         name, _, chosen = item.name.partition("[")
         core = any(chosen.startswith(case) or f"-{case}" in chosen for case in CORE)
         wide = name in TABLES and (not core or ("dtype1" in chosen and name != "test_every_case_at_every_stride"))
@@ -61,24 +61,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-OPEN = (
-    "test_a_model_that_changes_its_input_does_not_change_the_caller_s", "test_inside_no_grad[argmax]",
-    "test_queries_the_model_cannot_take", "test_wrong_targets", "test_foreign_but_well_formed_files",
-    "test_a_shift_common_to_all_logits_costs_no_digits", "test_refuses_what_makes_no_sense",
-    "test_models_with_kinks_agree_too[argmax]",
-)  # fmt: skip
-"""Demands not met yet: they run, and fail in the open as expected failures."""
-
 WHOLE = ("test_complete.py", "test_rules_compare.py", "test_agreement.py")
 """Files that take minutes; every run takes the completeness of a few cases and what is quick."""
 
 QUICK = ("mlp-relu-dtype0", "mlp-tanh-dtype0", "cnn-max-dtype0", "mlp-relu]", "mlp-relu-1]")
 
 
-def mark_open(item: pytest.Item) -> None:
-    """Expected failures and whole-table files."""
-    if item.path.parent.name in ("attribution", "kernels", "gradients") and item.name.startswith(OPEN):
-        item.add_marker(pytest.mark.xfail(strict=False, reason="not met yet"))
+def mark_whole(item: pytest.Item) -> None:
+    """Slow parts of the files that take minutes."""
     if item.path.name in WHOLE and not item.name.endswith(QUICK) and "[" in item.name:
         item.add_marker(pytest.mark.slow)
     if item.path.name in WHOLE[:2] and "[" not in item.name:
