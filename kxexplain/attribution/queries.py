@@ -70,8 +70,7 @@ class QuerySide:
         first, last = (trajectory.state(trajectory.states[i].step) for i in (0, -1))
         with torch.random.fork_rng(devices=[]):
             put(first, private)
-            check_takes(private, inputs)
-            before = evaluate(private, inputs)
+            before = first_outputs(private, inputs)
             put(last, private)
             shaped = outputs_of(private, inputs)
             after = outputs_2d(shaped)
@@ -190,8 +189,8 @@ def outputs_of(model: nn.Module, inputs: Inputs) -> Tensor:
         return call(model, copied(inputs))
 
 
-def check_takes(model: nn.Module, inputs: Inputs) -> None:
-    """See that the model gives one row of outputs for every query, together and alone.
+def first_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
+    """As :func:`evaluate`, of queries not tried before: the model must give each a row, together and alone.
 
     Raises:
         DatasetError: it does not; the shape or type is another than in training, or the batch axis is missing.
@@ -210,3 +209,4 @@ def check_takes(model: nn.Module, inputs: Inputs) -> None:
     if len(alone) != 1 or together.shape != (count(inputs), alone.shape[1]):
         found = f"{tuple(together.shape)}, and for the first alone {tuple(alone.shape)}"
         raise DatasetError(f"the model's outputs for {count(inputs)} queries have shape {found}; {advice}")
+    return together

@@ -155,7 +155,7 @@ class Walk:
             self.wanted[examples] = True
         replayer.seek(0)
         optimized = [name for group in self.trajectory.manifest.optimizer.groups for name in group.names]
-        self.parameters = {name: replayer.parameters[name] for name in optimized}
+        self.parameters: Tensors = {name: replayer.parameters[name] for name in optimized}
         self.itemised = self._split(0) is not None
         if not self.itemised:
             name = self.trajectory.manifest.optimizer.name

@@ -139,9 +139,8 @@ def merge(factors: Sequence[Factor]) -> Factors:
 
 
 def scale(factors: Factors, by: Mapping[str, float]) -> Factors:
-    """Every parameter's gradients times its own number (a learning rate, say); zeros are dropped."""
-    kept = [f for f in factors if any(by[name] != 0 for name in f.names)]
-    return [part for f in kept for part in f.scaled(by)]
+    """Every parameter's gradients times its own number (a learning rate, say)."""
+    return [part for f in factors for part in f.scaled(by)]
 
 
 def weigh(factors: Factors, weights: Tensor) -> Factors:

@@ -23,6 +23,7 @@ from kxexplain.gradients.interception import name_of
 from kxexplain.gradients.secant import kinked_slope, rank_one_residual, relu_slope, slope
 from kxexplain.gradients.two_point import (
     Extent,
+    Place,
     Trace,
     TwoPoint,
     Untraceable,
@@ -131,21 +132,27 @@ def secant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     pushed = _pushforward(func, args, kwargs, moved)
     leaves = zip(*(nested.leaves(values) for values in (middles, starts, ends)), pushed, strict=True)
     corrected = (
-        _corrected(middle, start, end, push, moved, trace.per_example(place, leaf, moved), trace)
+        _corrected(middle, start, end, push, moved, (place, leaf), trace)
         for leaf, (middle, start, end, push) in enumerate(leaves)
     )
     return _join(starts, ends, nested.change(middles, lambda _: next(corrected)), trace)
 
 
 def _corrected(
-    middle: Any, start: Any, end: Any, push: Tensor | None, inputs: list[TwoPoint], each: bool, trace: Trace
+    middle: Any,
+    start: Any,
+    end: Any,
+    push: Tensor | None,
+    inputs: list[TwoPoint],
+    which: tuple[Place, int],
+    trace: Trace,
 ) -> Any:
     """The middle output with r ⟨Δu, ū⟩/‖Δu‖² added to its graph, where r = v'−v−JΔu."""
     if not isinstance(middle, Tensor) or not middle.is_floating_point() or start.shape != end.shape:
         return middle
     residual = end - start if push is None else end - start - push
     middle = middle.detach() if push is None else middle
-    rows = trace.rows if each else 1
+    rows = trace.rows if trace.per_example(*which, inputs) else 1
     residual = residual.reshape(rows, -1)
     step_norm, along = residual.new_zeros(rows, 1), residual.new_zeros(rows, 1)
     with trace.watching():

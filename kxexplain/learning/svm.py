@@ -20,6 +20,7 @@ from kxexplain.kernels.tangent import tangent_kernel
 from kxexplain.learning.comparison import Comparison
 from kxexplain.shapes import Examples, Inputs
 from kxexplain.trajectory import Trajectory, count, fetch, take
+from kxexplain.trajectory.forward import private_copy
 
 Kernel = Literal["path", "tangent"]
 SIGNED = ("hinge", "logistic")
