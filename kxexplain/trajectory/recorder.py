@@ -19,11 +19,13 @@ from kxexplain.trajectory.describe import check_budget, describe
 from kxexplain.trajectory.losses import LossFunction
 from kxexplain.trajectory.observe import Observer
 from kxexplain.trajectory.records import Manifest
-from kxexplain.trajectory.states import capture_state, encode, finite
+from kxexplain.trajectory.states import capture_state, encode, finite, owned
 from kxexplain.trajectory.store import Row, Writer, prepare
 from kxexplain.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
+
+INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
 
 def record(
@@ -218,7 +220,8 @@ class Recorder:
                 f"a parameter is not finite after {observer.step} steps; the trajectory is good up "
                 f"to its last state. Lower the learning rate, or check the initial weights"
             )
-        writer.put_state(observer.step, encode(state), kept=kept)
+        settled = owned(state)
+        writer.put_state(observer.step, lambda: encode(settled), kept=kept)
         observer.saved()
 
     def _thin(self) -> None:
@@ -226,6 +229,7 @@ class Recorder:
         writer = _entered(self._writer)
         if self._keep.kind != "budget":
             return
+        writer.settle()
         while sum(state.bytes for state in writer.states.values()) > self._keep.budget:
             inner = sorted(writer.states)[1:-1]
             if not inner:
@@ -260,7 +264,7 @@ def _checked(indices: Sequence[int] | np.ndarray | Tensor, count: int) -> list[i
         indices = np.asarray(indices)
         integers = indices.dtype.kind in "iu"
     else:
-        integers = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
+        integers = indices.dtype in INTEGERS
     if indices.ndim != 1 or not integers or len(indices) == 0:
         raise ArgumentError(
             f"indices must be a list of dataset indices, got shape {tuple(indices.shape)} of {indices.dtype}"

@@ -25,7 +25,7 @@ def capture(device: torch.device) -> RngState:
     >>> bool(first == torch.rand(1))
     True
     """
-    state = {"cpu": torch.get_rng_state().numpy().tobytes()}
+    state = {"cpu": torch.default_generator.get_state().numpy().tobytes()}
     if device.type != "cpu":
         state[device.type] = _module(device).get_rng_state(device).cpu().numpy().tobytes()
     return state

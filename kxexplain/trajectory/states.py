@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import safetensors.torch
@@ -69,6 +69,16 @@ def finite(state: State) -> bool:
     tensors = [*state.parameters.values(), *(v for _, _, v in _optimizer_tensors(state))]
     # a sum is quick, and finite unless a value is not, or the sum itself overflows
     return all(math.isfinite(t.sum().item()) or bool(t.isfinite().all()) for t in tensors)
+
+
+def owned(state: State) -> State:
+    """The state with memory of its own, so that it can be encoded while training goes on."""
+    copies = lambda tensors: {name: t.detach().clone() for name, t in tensors.items()}  # noqa: E731
+    moments = {
+        name: {key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in values.items()}
+        for name, values in state.optimizer.items()
+    }
+    return replace(state, parameters=copies(state.parameters), buffers=copies(state.buffers), optimizer=moments)
 
 
 def encode(state: State) -> bytes:

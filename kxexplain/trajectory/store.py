@@ -14,7 +14,7 @@ import os
 import sqlite3
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +46,8 @@ STEPS_DIGEST = "steps"
 
 def row_bytes(row: tuple[Any, ...]) -> bytes:
     """A row of the table ``steps`` as the bytes that its checksum is of."""
-    return repr(row).encode()
+    parts = [value if isinstance(value, bytes) else repr(value).encode() for value in row]
+    return b",".join([repr([len(part) for part in parts]).encode(), *parts])
 
 
 def state_file(step: int) -> str:
@@ -152,7 +153,7 @@ class Writer:
         self._flushed = time.monotonic()
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1, "kxexplain-states")
-        self._writing: tuple[Future[None], StateRecord, bool] | None = None
+        self._writing: tuple[Future[StateRecord], bool] | None = None
         with storage(path / LOG):
             self._log = sqlite3.connect(path / LOG, isolation_level=None, timeout=30)
             self._log.execute("PRAGMA journal_mode=WAL")
@@ -214,7 +215,7 @@ class Writer:
         """Write the rows gathered so far, in one transaction, and the row of a state whose file is there."""
         self._flushed = time.monotonic()
         if self._writing is not None and self._writing[0].done():
-            self._settle()
+            self.settle()
         if not self._rows and not self._side:
             return
         with storage(self.path / LOG), self._transaction():
@@ -227,24 +228,28 @@ class Writer:
                 self._log.execute(statement, values)
         self._rows, self._side = [], []
 
-    def put_state(self, step: int, data: bytes, *, kept: bool) -> StateRecord:
-        """Write a state. One that is not ``kept`` is dropped as soon as a later one is written."""
-        self._settle()
-        record = StateRecord(step, state_file(step), hashlib.sha256(data).hexdigest(), len(data))
-        job = self._thread.submit(write_atomically, self.path / STATES / record.file, data)
-        self._writing = (job, record, kept)
-        self.states[step] = record
+    def put_state(self, step: int, encode: Callable[[], bytes], *, kept: bool) -> None:
+        """Write a state, encoded in the thread. One that is not ``kept`` is dropped when a later one is written."""
+        self.settle()
+        self._writing = (self._thread.submit(self._write_state, step, encode), kept)
+        self.states[step] = StateRecord(step, state_file(step), "", 0)
         (self.kept.add if kept else self.kept.discard)(step)
         if len(self.states) == 1:  # without a state there is no trajectory to open
             self.flush_all()
+
+    def _write_state(self, step: int, encode: Callable[[], bytes]) -> StateRecord:
+        data = encode()
+        record = StateRecord(step, state_file(step), hashlib.sha256(data).hexdigest(), len(data))
+        write_atomically(self.path / STATES / record.file, data)
         return record
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Wait for the state being written, then give it its row and drop those it replaces."""
         if self._writing is None:
             return
-        (job, record, kept), self._writing = self._writing, None
-        job.result()
+        (job, kept), self._writing = self._writing, None
+        record = job.result()
+        self.states[record.step] = record
         row = (record.step, record.sha256, record.bytes, int(kept))
         self._side.append(("INSERT OR REPLACE INTO states VALUES (?,?,?,?)", row))
         self.flush()
@@ -253,12 +258,12 @@ class Writer:
 
     def flush_all(self) -> None:
         """Everything appended so far is on the disk when this returns."""
-        self._settle()
+        self.settle()
         self.flush()
 
     def drop_state(self, step: int) -> None:
         """Forget a state: first its row, then its file."""
-        self._settle()
+        self.settle()
         record = self.states.pop(step, None)
         if record is None:  # it was replaced by the state just settled
             return
@@ -270,7 +275,7 @@ class Writer:
 
     def release(self, step: int) -> None:
         """Keep a state only until a later one is written."""
-        self._settle()
+        self.settle()
         self.kept.discard(step)
         with storage(self.path / LOG):
             self._log.execute("UPDATE states SET kept = 0 WHERE step = ?", (step,))
