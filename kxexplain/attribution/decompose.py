@@ -24,9 +24,6 @@ from kxexplain.kernels import quadrature
 from kxexplain.shapes import Examples, Inputs
 from kxexplain.trajectory import Replayer, Trajectory
 
-CACHE = 2 << 20
-"""Bytes of updates multiplied at a time, where all queries' gradients are at hand: about a processor core's cache."""
-
 
 def explain(
     trajectory: Trajectory,
@@ -84,8 +81,7 @@ def explain(
     bounds(trajectory, stride)
     with Replayer(trajectory, model, dataset) as replayer, progress_bar(progress, len(trajectory)) as tick:
         jacobian = kernel and side.target.components is not None
-        block = CACHE if len(side.chunks()) == 1 else None
-        walk = Walk(replayer, stride=stride, budget=side.budget // 2, block=block, jacobian=jacobian, tick=tick)
+        walk = Walk(replayer, stride=stride, budget=side.budget // 2, jacobian=jacobian, tick=tick)
         ledger = Ledger(side, trajectory.manifest.dataset.count, len(walk.bounds) - 1, kernel=kernel)
         walk.visit(ledger)
     return ledger.explanation(trajectory, dataset, walk.bounds, replayer.drift)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kxexplain.errors import ArgumentError
-from kxexplain.gradients.factors import Factors, concatenate, scale, signature, size, take, weigh
+from kxexplain.gradients.factors import Factors, scale, take
 from kxexplain.gradients.ordinary import StepGradients, layout_of
+from kxexplain.gradients.pile import Pile, bytes_per_row
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import Replayer, StepRecord, Trajectory, split
 from kxexplain.trajectory.batches import fetch
@@ -126,8 +127,6 @@ class Walk:
         replayer: entered, at no particular position.
         stride: steps per segment; the recorded states if ``None``.
         budget: bytes that buffered updates may take.
-        block: bytes of buffered updates at which they are handed over early, where that costs nothing: a block that
-            fits the processor's cache is cheaper to multiply.
         jacobian: also collect output gradients (for C × C kernels).
         examples: only these dataset indices are collected, all if ``None``.
         tick: called after every step.
@@ -139,13 +138,11 @@ class Walk:
         *,
         stride: int | None = None,
         budget: int = 1 << 28,
-        block: int | None = None,
         jacobian: bool = False,
         examples: Tensor | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.replayer, self.budget, self.jacobian, self.tick = replayer, budget, jacobian, tick
-        self.block = budget if block is None else min(block, budget)
         self.trajectory = replayer.trajectory
         self.bounds = bounds(self.trajectory, stride)
         self.recorded = {state.step for state in self.trajectory.states}
@@ -165,8 +162,7 @@ class Walk:
             inputs, _ = fetch(replayer.dataset, self.trajectory.steps[0].indices, replayer.device)
             self.layout = layout_of(replayer.model, inputs, self.parameters)
         replayer.seek(0)
-        self._buffer: list[_Visits] = []
-        self._held = 0
+        self._visits = _Visits()
 
     def _split(self, step: int) -> Split | None:
         return split(self.trajectory.manifest.optimizer, self.trajectory.steps[step])
@@ -194,37 +190,40 @@ class Walk:
             watch = StepGradients(self.layout, self.parameters, len(record.indices), self.jacobian)
             taken = self.replayer.advance(watch)
             movement.add(parts, taken.gradients, before)
-            self._keep(watch, record, parts)
-            # a segment whose end is not recorded finds it cheaper when it gets there
-            if self._held > (self.block if segment.last in self.recorded else self.budget):
-                self._flush(segment, visitor)
+            self._keep(watch, record, parts, segment, visitor)
         self.tick()
 
-    def _keep(self, watch: StepGradients, record: StepRecord, parts: Split) -> None:
-        """Buffer what one step's examples did; the arithmetic waits until many steps can share it."""
+    def _keep(self, watch: StepGradients, record: StepRecord, parts: Split, segment: Segment, visitor: Visitor) -> None:
+        """Gather what one step's examples did; the arithmetic waits until many steps can share it."""
         share = 1.0 / len(record.indices) if self.trajectory.manifest.reduction == "mean" else 1.0
         rates = set(parts.gradient.values())
-        rate = rates.pop() if len(rates) == 1 else None
-        factors = watch.factors if rate is not None else scale(watch.factors, parts.gradient)
+        factors, weight = watch.factors, rates.pop()
+        if rates:
+            factors, weight = scale(factors, parts.gradient), 1.0
         jacobian = None
         if watch.jacobian is not None:
             jacobian = scale(watch.jacobian, {name: -factor * share for name, factor in parts.gradient.items()})
-        visits = _Visits(torch.as_tensor(record.indices), factors, watch.pull, share, rate, jacobian)
+        indices, pull = torch.as_tensor(record.indices), watch.pull
         if self.wanted is not None:
-            visits = visits.take(self.wanted[visits.indices].nonzero().squeeze(1))
-        if len(visits.indices):
-            self._buffer.append(visits)
-            self._held += size(factors) + (0 if jacobian is None else size(jacobian))
+            rows = self.wanted[indices].nonzero().squeeze(1)
+            factors, indices, pull = take(factors, rows), indices[rows], pull[rows]
+            jacobian = None if jacobian is None else take(jacobian, rows)
+        if len(indices) == 0 or not factors:
+            return
+        if not self._visits.fits(factors, len(indices), jacobian):
+            self._flush(segment, visitor)
+            self._visits.make_room(factors, len(indices), jacobian, self.budget, self._left(segment))
+        self._visits.add(factors, weight, jacobian, indices, pull / -share)
+
+    def _left(self, segment: Segment) -> int:
+        """Number of example visits from the step just made to the segment's end."""
+        return sum(len(step.indices) for step in self.trajectory.steps[self.replayer.position - 1 : segment.last])
 
     def _flush(self, segment: Segment, visitor: Visitor) -> None:
-        """Hand the buffered updates over, joined as far as they have the same uses."""
-        pending, self._buffer, self._held = self._buffer, [], 0
-        while pending:
-            head = signature(pending[0].factors)
-            alike = [visits for visits in pending if signature(visits.factors) == head]
-            pending = [visits for visits in pending if signature(visits.factors) != head]
-            if alike[0].factors:
-                visitor.updates(segment, _joined(alike))
+        """Hand the gathered updates over."""
+        if self._visits.indices:
+            visitor.updates(segment, self._visits.joined())
+            self._visits.clear()
 
     def _end_finder(self, last: int) -> Callable[[], Tensors]:
         """The state at ``last``: recorded, or found by a replay of its own that runs ahead."""
@@ -242,36 +241,53 @@ class Walk:
         return find
 
 
-@dataclass(frozen=True)
 class _Visits:
-    """One step's examples: their shares of the batch gradient, still to be multiplied by ``rate`` if it is given."""
+    """Several steps' examples: their updates, and how their losses pulled on the outputs."""
 
-    indices: Tensor
-    factors: Factors
-    pull: Tensor
-    share: float
-    rate: float | None
-    jacobian: Factors | None
+    def __init__(self) -> None:
+        self.factors: Pile | None = None
+        self.jacobian: Pile | None = None
+        self.clear()
 
-    def take(self, rows: Tensor) -> _Visits:
-        jacobian = None if self.jacobian is None else take(self.jacobian, rows)
-        factors = take(self.factors, rows)
-        return replace(self, indices=self.indices[rows], factors=factors, pull=self.pull[rows], jacobian=jacobian)
+    def clear(self) -> None:
+        """Forget what was gathered, but keep its memory."""
+        self.indices: list[Tensor] = []
+        self.pulls: list[Tensor] = []
+        for pile in (self.factors, self.jacobian):
+            if pile is not None:
+                pile.clear()
 
+    def fits(self, factors: Factors, rows: int, jacobian: Factors | None) -> bool:
+        """Whether there is room for a step's examples."""
+        if self.factors is None or not self.factors.fits(factors, rows):
+            return False
+        return jacobian is None or (self.jacobian is not None and self.jacobian.fits(jacobian, rows))
 
-def _joined(visits: list[_Visits]) -> Updates:
-    """Several steps' updates one after the other; α = −∂ℓ/∂f from the pull ∂total/∂f of the reduced loss."""
-    pull = torch.cat([v.pull for v in visits])
-    lengths = torch.tensor([len(v.indices) for v in visits], device=pull.device)
-    spread = lambda each: torch.tensor(each, dtype=pull.dtype, device=pull.device).repeat_interleave(lengths)  # noqa: E731
-    pull = -pull / spread([v.share for v in visits])[:, None]
-    factors = concatenate([v.factors for v in visits])
-    if any(v.rate is not None for v in visits):
-        factors = weigh(factors, spread([1.0 if v.rate is None else v.rate for v in visits]))
-    jacobians = [v.jacobian for v in visits if v.jacobian is not None]
-    return Updates(
-        torch.cat([v.indices for v in visits]),
-        factors,
-        pull[:, 0] if pull.shape[1] == 1 else pull.norm(dim=1),
-        concatenate(jacobians) if jacobians else None,
-    )
+    def make_room(self, factors: Factors, rows: int, jacobian: Factors | None, budget: int, visits: int) -> None:
+        """Room for so many visits, or as many as the budget (in bytes) allows."""
+        each = bytes_per_row([*factors, *(jacobian or [])], rows)
+        capacity = max(rows, min(visits, budget // each))
+        if self.factors is None or self.factors.capacity < capacity or not self.fits(factors, rows, jacobian):
+            self.factors = Pile(factors, capacity)
+            self.jacobian = None if jacobian is None else Pile(jacobian, capacity)
+
+    def add(self, factors: Factors, weight: float, jacobian: Factors | None, indices: Tensor, pull: Tensor) -> None:
+        """Add one step's examples; ``pull`` is −∂ℓ/∂f, [n, C]."""
+        assert self.factors is not None
+        self.factors.add(factors, len(indices), weight)
+        if jacobian is not None:
+            assert self.jacobian is not None
+            self.jacobian.add(jacobian, len(indices), 1.0)
+        self.indices.append(indices)
+        self.pulls.append(pull)
+
+    def joined(self) -> Updates:
+        """All steps' updates, one after the other."""
+        assert self.factors is not None
+        pull = torch.cat(self.pulls)
+        return Updates(
+            torch.cat(self.indices),
+            self.factors.gathered(),
+            pull[:, 0] if pull.shape[1] == 1 else pull.norm(dim=1),
+            None if self.jacobian is None else self.jacobian.gathered(),
+        )

@@ -55,6 +55,17 @@ class Outer:
         """Some of the examples."""
         return replace(self, a=self.a[rows], g=self.g[rows])
 
+    def emptied(self, rows: int) -> Outer:
+        """Room for so many examples' gradients of this kind."""
+        a, g = (t.new_empty(rows, *t.shape[1:]) for t in (self.a, self.g))
+        return replace(self, a=a, g=g)
+
+    def fill(self, values: Factor, weight: float) -> None:
+        """Take the values of a factor of the same shape, times a number."""
+        assert isinstance(values, Outer)
+        self.a.copy_(values.a)
+        torch.mul(values.g, weight, out=self.g)
+
     def scaled(self, scale: Mapping[str, float]) -> list[Factor]:
         """Each parameter's gradients times its own number."""
         if self.bias is None or scale[self.weight] == scale[self.bias]:
@@ -95,6 +106,15 @@ class Dense:
     def take(self, rows: Tensor | slice) -> Dense:
         """Some of the examples."""
         return replace(self, values=self.values[rows])
+
+    def emptied(self, rows: int) -> Dense:
+        """Room for so many examples' gradients of this kind."""
+        return replace(self, values=self.values.new_empty(rows, *self.values.shape[1:]))
+
+    def fill(self, values: Factor, weight: float) -> None:
+        """Take the values of a factor of the same shape, times a number."""
+        assert isinstance(values, Dense)
+        torch.mul(values.values, weight, out=self.values)
 
     def scaled(self, scale: Mapping[str, float]) -> list[Factor]:
         """The gradients times the parameter's number."""
@@ -141,15 +161,6 @@ def merge(factors: Sequence[Factor]) -> Factors:
 def scale(factors: Factors, by: Mapping[str, float]) -> Factors:
     """Every parameter's gradients times its own number (a learning rate, say)."""
     return [part for f in factors for part in f.scaled(by)]
-
-
-def weigh(factors: Factors, weights: Tensor) -> Factors:
-    """Every example's gradients times its own number, [n]."""
-    column = weights[:, None, None]
-    return [
-        replace(f, g=f.g * column[..., None]) if isinstance(f, Outer) else replace(f, values=f.values * column)
-        for f in factors
-    ]
 
 
 def concatenate(pieces: Sequence[Factors]) -> Factors:

@@ -1,0 +1,45 @@
+"""Gathering per-example gradients in place equals joining the pieces."""
+
+from __future__ import annotations
+
+import torch
+
+from kxexplain.gradients.factors import Dense, Outer, concatenate, scale
+from kxexplain.gradients.pile import Pile, bytes_per_row
+from kxexplain.gradients.products import gram
+
+
+def step(rows: int) -> list[Outer | Dense]:
+    """Factors of one pass: a layer at two positions, and a parameter written out."""
+    kinds = {"dtype": torch.float64}
+    outer = Outer("w", "b", torch.randn(rows, 2, 3, **kinds), torch.randn(rows, 1, 2, 4, **kinds))
+    return [outer, Dense("v", torch.randn(rows, 1, 5, **kinds))]
+
+
+def test_gathering_is_joining() -> None:
+    pieces, weights = [step(3), step(1), step(2)], [0.5, -2.0, 0.0]
+    pile = Pile(pieces[0], 6)
+    names = ("w", "b", "v")
+    for repeat in range(2):  # the memory is used again, and remembers nothing
+        pile.clear()
+        for piece, weight in zip(pieces, weights, strict=True):
+            assert pile.fits(piece, piece[0].rows)
+            pile.add(piece, piece[0].rows, weight if repeat else 1.0)
+        scaled = [scale(p, dict.fromkeys(names, w if repeat else 1.0)) for p, w in zip(pieces, weights, strict=True)]
+        joined = concatenate(scaled)
+        torch.testing.assert_close(gram(pile.gathered(), joined), gram(joined, joined), rtol=1e-14, atol=1e-14)
+        assert pile.rows == 6
+
+
+def test_what_does_not_fit() -> None:
+    pile = Pile(step(2), 4)
+    pile.add(step(3), 3, 1.0)
+    assert pile.fits(step(1), 1)
+    assert not pile.fits(step(2), 2)
+    assert not pile.fits(step(1)[:1], 1)
+    other = Dense("v", torch.zeros(1, 1, 6, dtype=torch.float64))
+    assert not pile.fits([step(1)[0], other], 1)
+
+
+def test_bytes_per_row() -> None:
+    assert bytes_per_row(step(7), 7) == 8 * (2 * 3 + 2 * 4 + 5)
