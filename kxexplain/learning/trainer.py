@@ -19,13 +19,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from kxexplain.errors import ArgumentError, TrainingError
 from kxexplain.learning.interrupts import interrupts
 from kxexplain.learning.progress import Progress
-from kxexplain.learning.resume import check_same, restored
+from kxexplain.learning.resume import restored
 from kxexplain.trajectory import LossFunction, Recorder, Trajectory, rng
 from kxexplain.trajectory import keep as keeping
 from kxexplain.trajectory.batches import fetch
 from kxexplain.trajectory.describe import check_budget, describe
 from kxexplain.trajectory.forward import assign, forward, gradients
 from kxexplain.trajectory.losses import resolve
+from kxexplain.trajectory.sameness import check_same
 from kxexplain.trajectory.states import load_model, load_optimizer
 from kxexplain.trajectory.store import is_trajectory, prepare
 

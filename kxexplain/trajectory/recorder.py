@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError, KxError, TrainingError
 from kxexplain.trajectory import keep as keeping
+from kxexplain.trajectory import rng
 from kxexplain.trajectory.describe import check_budget, describe
 from kxexplain.trajectory.losses import LossFunction
 from kxexplain.trajectory.observe import Observer
 from kxexplain.trajectory.records import Manifest
-from kxexplain.trajectory.states import capture_state, encode, finite, owned
-from kxexplain.trajectory.store import Row, Writer, prepare
+from kxexplain.trajectory.sameness import check_same
+from kxexplain.trajectory.states import capture_state, encode, finite, load_model, load_optimizer, owned
+from kxexplain.trajectory.store import Row, Writer, is_trajectory, prepare
 from kxexplain.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
@@ -39,13 +41,16 @@ def record(
     reduction: Literal["mean", "sum"] = "mean",
     seed: int | None = None,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Recorder:
     """Record your own training loop into the folder ``out``; use it as a context manager.
 
     ``loss`` (a name or a function giving one loss per example) and ``reduction`` say what the loop
     minimises over each batch; the loop calls ``recorder.step(indices)`` after ``optimizer.step()``.
     ``keep`` says which states to keep: "step", "epoch", a number of steps, or a size like "200MB".
-    ``seed`` is only noted. Everything is checked before a file is written: ``ModelError``,
+    ``seed`` is only noted. With ``resume`` a run that was interrupted goes on: model, optimiser and random generators
+    are set to its last state, and the loop continues with batch number ``recorder.position``; where ``out`` holds no
+    run yet, one begins. Everything is checked before a file is written: ``ModelError``,
     ``DatasetError``, ``ArgumentError``, or ``TrajectoryError`` if ``out`` cannot be used.
 
     >>> import tempfile
@@ -64,11 +69,23 @@ def record(
     >>> len(recorder.trajectory)
     3
     """
+    if resume and overwrite:
+        raise ArgumentError("resume=True and overwrite=True exclude each other; choose one")
     policy = keeping.parse(keep)
     manifest = describe(model, optimizer, loss, dataset, keep=keep, reduction=reduction, seed=seed)
     check_budget(policy, model)
-    prepare(Path(out), overwrite=overwrite)
-    return Recorder(model, optimizer, manifest, policy, path=Path(out), loss=loss)
+    recorder = Recorder(model, optimizer, manifest, policy, path=Path(out), loss=loss)
+    if resume and is_trajectory(Path(out)):
+        old = Trajectory.open(out, loss if callable(loss) else None)
+        old.check_model(model)
+        check_same(old.manifest, manifest, stepped=True)
+        state = old.state(len(old))
+        load_model(state, model)
+        load_optimizer(state, optimizer, old.manifest.optimizer)
+        recorder.resume(old)
+    else:
+        prepare(Path(out), overwrite=overwrite)
+    return recorder
 
 
 class Recorder:
@@ -114,7 +131,10 @@ class Recorder:
         return self._done
 
     def resume(self, trajectory: Trajectory) -> None:
-        """Go on after the last state of ``trajectory``, which model and optimiser already hold."""
+        """Go on after the last state of ``trajectory``, which model and optimiser already hold.
+
+        :func:`record` calls it; a trainer that restores more than that calls it itself.
+        """
         self._resumed = trajectory
         if self._keep.kind == "budget":
             stride = int(trajectory.fact("stride") or 1)
@@ -245,7 +265,9 @@ class Recorder:
 
     def _reopen(self, trajectory: Trajectory, observer: Observer) -> Writer:
         position = len(trajectory)
-        observer.begin(position, trajectory.state(position).rng_bytes)
+        generators = trajectory.state(position).rng_bytes
+        rng.restore(generators, observer.device)
+        observer.begin(position, generators)
         if position:
             last = trajectory.steps[position - 1]
             self._epoch = last.epoch

@@ -10,7 +10,18 @@ from torch.utils.data import TensorDataset
 
 from kxexplain.errors import ArgumentError, DatasetError, ModelError, TrainingError, TrajectoryError
 from kxexplain.trajectory import Trajectory, record
-from tests.trajectory.runs import CASES, Case, assert_same, build, examples, mlp, named, parameters_of, plain_loop, sgd
+from tests.trajectory.runs import (
+    CASES,
+    Case,
+    assert_same,
+    build,
+    examples,
+    mlp,
+    named,
+    parameters_of,
+    plain_loop,
+    sgd,
+)
 
 DATA = examples()
 STEPS = 18  # three epochs of 22 examples in batches of 4
@@ -381,3 +392,48 @@ class TestFolder:
     def test_device_that_refuses_files(self):
         with pytest.raises(TrajectoryError):
             self.record("/proc/kxexplain")
+
+
+@pytest.mark.parametrize("name", ["mlp", "dropout", "batch norm", "momentum", "adamw, dropout"])
+@pytest.mark.parametrize("stopped", [0, 1, 5, 6, 7, STEPS])
+def test_a_loop_of_one_s_own_goes_on(tmp_path, name, stopped):
+    """Interrupted anywhere and gone on with, a loop leaves the trajectory it would have left."""
+    case = CASES[name]
+    batches = [list(range(start, min(start + 4, 22))) for start in range(0, 22, 4)] * 3
+
+    def loop(out, upto, **options):
+        model = case.model()
+        optimizer = case.optimizer(model.parameters())
+        with record(model, optimizer, "cross_entropy", DATA, out=out, **options) as recorder:
+            for indices in batches[recorder.position : upto]:
+                inputs, targets = DATA[indices]
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(inputs), targets)
+                loss.backward()
+                optimizer.step()
+                recorder.step(indices, loss)
+        return recorder.trajectory, named(model)
+
+    torch.manual_seed(1)
+    whole, ended = loop(tmp_path / "whole", STEPS, resume=True)  # nothing there yet: it begins
+    torch.manual_seed(1)
+    loop(tmp_path / "parts", stopped)
+    torch.manual_seed(2)  # whatever the new process' generators hold
+    parts, arrived = loop(tmp_path / "parts", STEPS, resume=True)
+    assert_same(arrived, ended)
+    assert parts.steps[:] == whole.steps[:]
+    assert_same(parameters_of(parts.state(STEPS)), parameters_of(whole.state(STEPS)))
+    parts.check_files()
+
+
+def test_what_cannot_be_gone_on_with(tmp_path):
+    run(tmp_path / "run", keep="step")
+    model = mlp()
+    with pytest.raises(ArgumentError, match="exclude"):
+        record(model, sgd()(model.parameters()), "mse", DATA, out=tmp_path / "run", resume=True, overwrite=True)
+    with pytest.raises(ArgumentError, match="another keep"):
+        record(model, sgd()(model.parameters()), "cross_entropy", DATA, out=tmp_path / "run", resume=True)
+    other = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    options = {"out": tmp_path / "run", "resume": True, "keep": "step"}
+    with pytest.raises(ModelError):
+        record(other, sgd()(other.parameters()), "cross_entropy", DATA, **options)
