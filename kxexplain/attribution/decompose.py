@@ -14,6 +14,7 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from kxexplain.attribution.backward import BackwardWalk
 from kxexplain.attribution.ledger import Ledger
 from kxexplain.attribution.queries import QuerySide
 from kxexplain.attribution.result import Explanation
@@ -22,7 +23,8 @@ from kxexplain.attribution.walk import Walk, bounds
 from kxexplain.errors import ArgumentError
 from kxexplain.kernels import quadrature
 from kxexplain.shapes import Examples, Inputs
-from kxexplain.trajectory import Replayer, Trajectory
+from kxexplain.trajectory import Replayer, Trajectory, split
+from kxexplain.trajectory.optimizers import RECURSIONS
 
 
 def explain(
@@ -34,6 +36,7 @@ def explain(
     *,
     rule: str = "discrete",
     stride: int | None = None,
+    decay: str = "line",
     kernel: bool = True,
     memory: str | int = "1GB",
     progress: bool = False,
@@ -51,6 +54,8 @@ def explain(
             comparison, and leave a remainder.
         stride: steps per segment on the query's side; one segment per recorded state if ``None``. Never costs
             exactness, only how closely each step's own path is followed.
+        decay: weight decay is a ``"line"`` of the bill, or ``"charged"`` to the updates that it erodes; what it does to
+            the initial parameters then stays as the regulariser's line.
         kernel: also accumulate the path kernel, from which α follows. With ``target="all"`` that takes a backward
             pass per output and step.
         memory: bytes for intermediate values, as a number or like ``"500MB"``.
@@ -63,7 +68,7 @@ def explain(
         ModelError: not the recorded architecture, or one whose outputs are not the same twice.
         DatasetError: not the recorded examples, no queries, or queries that the model cannot take.
         TargetError: the target does not exist.
-        ArgumentError: an unknown rule, stride or amount of memory.
+        ArgumentError: an unknown rule, stride, amount of memory or way of accounting for decay.
         ReplayError: the log does not lead to the recorded states.
 
     Source: discrete gradients, Gonzalez 1996; the kernel form, Domingos 2020 (arXiv 2012.00152).
@@ -79,12 +84,27 @@ def explain(
     """
     side = QuerySide.prepare(trajectory, model, queries, target, quadrature.rule(rule), parse_bytes(memory))
     bounds(trajectory, stride)
+    if decay not in ("line", "charged"):
+        raise ArgumentError(f'got decay={decay!r}; expected "line" or "charged"')
     with Replayer(trajectory, model, dataset) as replayer, progress_bar(progress, len(trajectory)) as tick:
         jacobian = kernel and side.target.components is not None
-        walk = Walk(replayer, stride=stride, budget=side.budget // 2, jacobian=jacobian, tick=tick)
+        walk: Walk | BackwardWalk
+        if remembers(trajectory, decay):
+            charge = decay == "charged"
+            walk = BackwardWalk(replayer, side, stride=stride, jacobian=jacobian, charge=charge, tick=tick)
+        else:
+            walk = Walk(replayer, stride=stride, budget=side.budget // 2, jacobian=jacobian, tick=tick)
         ledger = Ledger(side, trajectory.manifest.dataset.count, len(walk.bounds) - 1, kernel=kernel)
         walk.visit(ledger)
     return ledger.explanation(trajectory, dataset, walk.bounds, replayer.drift)
+
+
+def remembers(trajectory: Trajectory, decay: str) -> bool:
+    """Whether the bill needs the pass backward in time: a step does more than multiply the gradient by a number."""
+    optimizer = trajectory.manifest.optimizer
+    decays = any(group.options.get("weight_decay") for group in optimizer.groups)
+    plain = split(optimizer, trajectory.steps[0]) is not None and not (decays and decay == "charged")
+    return not plain and optimizer.name in RECURSIONS
 
 
 def contributions_of(

@@ -57,21 +57,33 @@ class Ledger:
         indices = updates.indices.to(self.sums.device)
         for rows in self.side.chunks():
             for weight, secant in self._secants(segment, rows):
-                found = _against(updates.factors, secant)[:, 0] * weight  # [m, q, c]
-                _add_rows(self.sums, rows, indices, found)
-                self.lines["contributions"][segment.number, rows] += found.sum(0, dtype=self.sums.dtype)
-                if len(self.bins):
-                    _add_rows(self.bins[segment.number * len(self.bins) // self.segments], rows, indices, found)
-                if self.kernel is not None:
-                    _add_rows(self.kernel, rows, indices, self._kernel_part(updates, secant, found, weight))
+                found = against(updates.factors, secant)[:, 0] * weight
+                blocks = None if updates.jacobian is None else against(updates.jacobian, secant) * weight
+                self.credit(segment, rows, indices, found, updates.alpha, blocks)
 
-    def _kernel_part(self, updates: Updates, secant: Secant, found: Tensor, weight: float) -> Tensor:
-        """W K_t of every visit, [m, q, c, k]: from output gradients, or from the contributions K_t α_t."""
-        if updates.jacobian is not None:
-            return (_against(updates.jacobian, secant) * weight).permute(0, 2, 3, 1)
-        pulled = updates.alpha != 0
-        inverse = pulled.to(found.dtype) / updates.alpha.masked_fill(~pulled, 1.0)
-        return (found * inverse[:, None, None])[..., None]
+    def credit(
+        self, segment: Segment, rows: slice, indices: Tensor, found: Tensor, alpha: Tensor, blocks: Tensor | None
+    ) -> None:
+        """Add what a number of example visits put into the queries at ``rows``.
+
+        Args:
+            segment: where the visits were.
+            rows: the queries.
+            indices: the examples, [m].
+            found: contributions, [m, q, c].
+            alpha: size of the pull on the outputs, [m].
+            blocks: inner products with the examples' weighted output gradients, [m, k, q, c], if asked for.
+        """
+        _add_rows(self.sums, rows, indices, found)
+        self.lines["contributions"][segment.number, rows] += found.sum(0, dtype=self.sums.dtype)
+        if len(self.bins):
+            _add_rows(self.bins[segment.number * len(self.bins) // self.segments], rows, indices, found)
+        if self.kernel is not None:
+            _add_rows(self.kernel, rows, indices, _kernel_part(found, alpha, blocks))
+
+    def enter(self, line: str, segment: Segment, rows: slice, values: Tensor) -> None:
+        """Add to a line that is no example's, [q, c]."""
+        self.lines[line][segment.number, rows] += values.to(self.sums.dtype)
 
     def close(self, segment: Segment, movement: Movement) -> None:
         """Add the lines that are no example's: regulariser, buffers, and what is left of the movement."""
@@ -90,7 +102,7 @@ class Ledger:
             for weight, secant in self._secants(segment, rows):
                 for line, direction in parts.items():
                     if direction:
-                        self.lines[line][segment.number, rows] += (secant.along(direction) * weight).to(self.sums.dtype)
+                        self.enter(line, segment, rows, secant.along(direction) * weight)
 
     def explanation(self, trajectory: Trajectory, dataset: Any, borders: list[int], drift: float) -> Explanation:
         """The finished bill."""
@@ -158,7 +170,16 @@ def _add_rows(sums: Tensor, rows: slice, indices: Tensor, values: Tensor) -> Non
     (sums if everything else sums[:, rows]).index_add_(0, indices, values.to(sums.dtype))
 
 
-def _against(factors: Factors, secant: Secant) -> Tensor:
+def _kernel_part(found: Tensor, alpha: Tensor, blocks: Tensor | None) -> Tensor:
+    """W K_t of every visit, [m, q, c, k]: from output gradients, or from the contributions K_t α_t."""
+    if blocks is not None:
+        return blocks.permute(0, 2, 3, 1)
+    pulled = alpha != 0
+    inverse = pulled.to(found.dtype) / alpha.masked_fill(~pulled, 1.0)
+    return (found * inverse[:, None, None])[..., None]
+
+
+def against(factors: Factors, secant: Secant) -> Tensor:
     """Inner products ⟨gradient_k(x_i), D_c(x)⟩, [m, k, q, c]."""
     found = gram(factors, secant.factors)
     if secant.correction is None:

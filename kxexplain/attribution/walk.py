@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kxexplain.errors import ArgumentError
+from kxexplain.gradients.capture import Layout
 from kxexplain.gradients.factors import Factors, scale, take
 from kxexplain.gradients.ordinary import StepGradients, layout_of
 from kxexplain.gradients.pile import Pile, bytes_per_row
@@ -120,6 +121,26 @@ def bounds(trajectory: Trajectory, stride: int | None) -> list[int]:
     return [*range(0, len(trajectory), stride), len(trajectory)]
 
 
+def watched(replayer: Replayer) -> tuple[Tensors, Layout]:
+    """The parameters that the optimiser moves, and where the model keeps its examples; leaves the replayer anywhere."""
+    replayer.seek(0)
+    groups = replayer.trajectory.manifest.optimizer.groups
+    parameters: Tensors = {name: replayer.parameters[name] for group in groups for name in group.names}
+    with torch.random.fork_rng(devices=[]):
+        inputs, _ = fetch(replayer.dataset, replayer.trajectory.steps[0].indices, replayer.device)
+        return parameters, layout_of(replayer.model, inputs, parameters)
+
+
+def share_of(trajectory: Trajectory, record: StepRecord) -> float:
+    """An example's weight in the reduced loss."""
+    return 1.0 / len(record.indices) if trajectory.manifest.reduction == "mean" else 1.0
+
+
+def pull_of(pull: Tensor) -> Tensor:
+    """Size of the pull on the outputs, [n], from −∂ℓ/∂f, [n, C]: itself for one output, the norm for several."""
+    return pull[:, 0] if pull.shape[1] == 1 else pull.norm(dim=1)
+
+
 class Walk:
     """One pass along a trajectory with a private copy of the model.
 
@@ -150,17 +171,12 @@ class Walk:
         if examples is not None:
             self.wanted = torch.zeros(self.trajectory.manifest.dataset.count, dtype=torch.bool)
             self.wanted[examples] = True
-        replayer.seek(0)
-        optimized = [name for group in self.trajectory.manifest.optimizer.groups for name in group.names]
-        self.parameters: Tensors = {name: replayer.parameters[name] for name in optimized}
         self.itemised = self._split(0) is not None
         if not self.itemised:
             name = self.trajectory.manifest.optimizer.name
             message = f"how {name} turns gradients into steps is not itemised: its movement is unattributed"
             warnings.warn(message, stacklevel=4)
-        with torch.random.fork_rng(devices=[]):
-            inputs, _ = fetch(replayer.dataset, self.trajectory.steps[0].indices, replayer.device)
-            self.layout = layout_of(replayer.model, inputs, self.parameters)
+        self.parameters, self.layout = watched(replayer)
         replayer.seek(0)
         self._visits = _Visits()
 
@@ -195,7 +211,7 @@ class Walk:
 
     def _keep(self, watch: StepGradients, record: StepRecord, parts: Split, segment: Segment, visitor: Visitor) -> None:
         """Gather what one step's examples did; the arithmetic waits until many steps can share it."""
-        share = 1.0 / len(record.indices) if self.trajectory.manifest.reduction == "mean" else 1.0
+        share = share_of(self.trajectory, record)
         rates = set(parts.gradient.values())
         factors, weight = watch.factors, rates.pop()
         if rates:
@@ -284,10 +300,9 @@ class _Visits:
     def joined(self) -> Updates:
         """All steps' updates, one after the other."""
         assert self.factors is not None
-        pull = torch.cat(self.pulls)
         return Updates(
             torch.cat(self.indices),
             self.factors.gathered(),
-            pull[:, 0] if pull.shape[1] == 1 else pull.norm(dim=1),
+            pull_of(torch.cat(self.pulls)),
             None if self.jacobian is None else self.jacobian.gathered(),
         )

@@ -6,7 +6,7 @@ instead of 2·d_in·d_out, as two matrix products and an elementwise one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -153,6 +153,38 @@ def _outer_dot(f: Outer, direction: Mapping[str, Tensor]) -> Tensor | None:
     if f.bias is not None and f.bias in direction:
         pushed = direction[f.bias].expand(*f.a.shape[:2], -1) if pushed is None else pushed + direction[f.bias]
     return None if pushed is None else (f.g * pushed[:, None]).sum((-1, -2))
+
+
+def against_dense(factors: Factors, tensors: Mapping[str, Tensor]) -> Float[Tensor, "n c m k"]:
+    """Inner products with m × k dense vectors, given by parameter as [m, k, p]; parameters they lack count as 0.
+
+    ⟨U, g aᵀ⟩ = gᵀ U a: the vectors meet the factors, which are not written out.
+    """
+    m, k, _ = next(iter(tensors.values())).shape
+    total: Tensor | None = None
+    for f in factors:
+        for term in _against_dense(f, tensors, m * k):
+            total = term if total is None else total.add_(term)
+    if total is None:
+        first = _nothing(factors[0])
+        total = first.g.new_zeros(*first.g.shape[:2], m * k)
+    return total.view(*total.shape[:2], m, k)
+
+
+def _against_dense(f: Factor, tensors: Mapping[str, Tensor], vectors: int) -> Iterator[Tensor]:
+    """[n, c, vectors] for each parameter of a use."""
+    if isinstance(f, Dense):
+        if f.weight in tensors:
+            yield f.values @ tensors[f.weight].reshape(vectors, -1).T
+        return
+    d_in, d_out = f.a.shape[-1], f.g.shape[-1]
+    if f.weight in tensors:
+        matrices = tensors[f.weight].reshape(vectors, *((d_in, d_out) if f.transposed else (d_out, d_in)))
+        rows = (matrices.transpose(1, 2) if f.transposed else matrices).reshape(vectors * d_out, d_in)
+        pushed = (f.a @ rows.T).unflatten(-1, (vectors, d_out))
+        yield torch.einsum("nrxo,ncro->ncx", pushed, f.g)
+    if f.bias is not None and f.bias in tensors:
+        yield f.g.sum(2) @ tensors[f.bias].reshape(vectors, -1).T
 
 
 def squared_norm(factors: Factors) -> Float[Tensor, "n c"]:

@@ -1,0 +1,372 @@
+r"""The bill where steps remember earlier gradients: one pass backward in time, with a co-state.
+
+With the step of :class:`kxexplain.trajectory.optimizers.Recursion`, a gradient at step t moves the parameters in every
+later step. What it is worth to the prediction is its inner product with a co-state u_t, which runs backward:
+
+    v_t = D + y_{t+1}                                    what a movement in step t is worth
+    w_t = applied_t ⊙ v_t + memory_{t+1} w_{t+1}          what a moment is worth
+    u_t = direct_t ⊙ v_t + intake_t ⊙ w_t                what a gradient is worth: example i contributes −⟨u_t, g_{t,i}⟩
+    y_t = y_{t+1} − shrink_t v_t − l2_t u_t              what decay will take from a parameter's value
+
+D is the discrete gradient of the segment that holds t. y is followed where decay is charged back to the updates that it
+erodes; else y = 0, and decay is the regulariser's line. Within a segment every co-state is A ⊙ D + B ⊙ W + C ⊙ Y with W
+and Y those at the segment's end, and A, B, C do not depend on the query: only W and Y are kept for every query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from kxexplain.attribution.ledger import Ledger, against
+from kxexplain.attribution.queries import QuerySide
+from kxexplain.attribution.walk import Segment, bounds, pull_of, share_of, watched
+from kxexplain.gradients.discrete import Secant
+from kxexplain.gradients.factors import Factors, scale, size
+from kxexplain.gradients.ordinary import StepGradients
+from kxexplain.gradients.products import against_dense
+from kxexplain.shapes import Tensors
+from kxexplain.trajectory import Replayer
+from kxexplain.trajectory.optimizers import RECURSIONS, STILL, Coefficient, Recursion
+
+
+def borders(replayer: Replayer, stride: int | None) -> list[int]:
+    """Segment borders: as asked for, and at every recorded state, from where replay sets out."""
+    recorded = {state.step for state in replayer.trajectory.states}
+    return sorted(recorded | set(bounds(replayer.trajectory, stride)))
+
+
+@dataclass
+class _Step:
+    """What the backward pass must know of a step."""
+
+    indices: Tensor
+    factors: Factors
+    alpha: Tensor
+    jacobian: Factors | None
+    factor: float
+    recursions: dict[str, Recursion]
+    decaying: Tensors
+
+    @property
+    def bytes(self) -> int:
+        """What it takes to keep."""
+        held = [v for r in self.recursions.values() for v in (r.direct, r.intake, r.applied) if isinstance(v, Tensor)]
+        held += self.decaying.values()
+        return size([*self.factors, *(self.jacobian or [])]) + sum(t.numel() * t.element_size() for t in held)
+
+
+@dataclass
+class _Stretch:
+    """Steps of one segment, and what their recursions do not account for.
+
+    Attributes:
+        segment: number of the segment.
+        steps: in order.
+        left: movement that no recursion accounts for.
+        moments: change of the moments that none accounts for, up to the end of the stretch.
+        buffers: change of the model's buffers.
+    """
+
+    segment: int
+    steps: list[_Step] = field(default_factory=list)
+    left: Tensors = field(default_factory=dict)
+    moments: Tensors = field(default_factory=dict)
+    buffers: Tensors = field(default_factory=dict)
+
+
+class BackwardWalk:
+    """Goes along a trajectory from its end to its start, stretch by stretch, each replayed forward from a state.
+
+    Args:
+        replayer: entered, at no particular position.
+        side: the queries.
+        stride: steps per segment; the recorded states if ``None``.
+        jacobian: also collect output gradients (for C × C kernels).
+        charge: weight decay is charged to the updates that it erodes, instead of being a line of its own.
+        tick: called after every replayed step.
+    """
+
+    def __init__(
+        self,
+        replayer: Replayer,
+        side: QuerySide,
+        *,
+        stride: int | None = None,
+        jacobian: bool = False,
+        charge: bool = False,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.replayer, self.side, self.jacobian, self.tick = replayer, side, jacobian, tick
+        self.charge = charge
+        self.trajectory = replayer.trajectory
+        self.recorded = [state.step for state in self.trajectory.states]
+        self.bounds = borders(replayer, stride)
+        self.rule = RECURSIONS[self.trajectory.manifest.optimizer.name]
+        self.parameters, self.layout = watched(replayer)
+        replayer.seek(0)
+        self.at_start, self.moments_at_start = replayer.copy_state(), self._moments(replayer)
+        probe = self._step(replayer, replayer.copy_state(), self._moments(replayer))
+        self.piece = max(1, (side.budget // 2) // probe.bytes)
+
+    def visit(self, ledger: Ledger) -> None:
+        """Fill in the ledger."""
+        for rows in self._portions():
+            _Costate(self, ledger, rows).run()
+
+    def stretches(self) -> Iterator[tuple[_Stretch, Segment]]:
+        """The trajectory's stretches with their segments, last first."""
+        for first, last in reversed(list(pairwise(self.recorded))):
+            states: dict[int, Tensors] = {}
+            for stretch in self._interval(first, last, states):
+                start, end = self.bounds[stretch.segment : stretch.segment + 2]
+                yield stretch, Segment(stretch.segment, start, end, states[start], dict, states[end])
+
+    def _portions(self) -> list[slice]:
+        """Queries in portions whose dense co-states fit the budget."""
+        q, c = self.side.prediction.shape
+        elements = sum(p.numel() for p in self.parameters.values())
+        each = 4 * c * elements * self.side.prediction.element_size()
+        count = max(1, min(q, self.side.chunk, (self.side.budget // 2) // each))
+        return [slice(at, min(at + count, q)) for at in range(0, q, count)]
+
+    def _interval(self, first: int, last: int, states: dict[int, Tensors]) -> Iterator[_Stretch]:
+        """Stretches between two recorded states, last first; fills in the states at the borders between them."""
+        self.replayer.seek(first)
+        if last - first <= self.piece:
+            yield from reversed(self._captured(self.replayer, first, last, states))
+            return
+        starts: list[tuple[int, Replayer]] = []
+        for step in range(first, last):
+            if (step - first) % self.piece == 0:
+                starts.append((step, self.replayer.twin()))
+            self._note(self.replayer, step, states)
+            self.replayer.advance()
+        self._note(self.replayer, last, states)
+        while starts:
+            step, twin = starts.pop()
+            yield from reversed(self._captured(twin, step, min(step + self.piece, last), states))
+
+    def _note(self, replayer: Replayer, step: int, states: dict[int, Tensors]) -> None:
+        if step in self.bounds:
+            states[step] = replayer.copy_state()
+
+    def _captured(self, replayer: Replayer, first: int, last: int, states: dict[int, Tensors]) -> list[_Stretch]:
+        """The stretches of some replayed steps."""
+        edges = [first, *(b for b in self.bounds if first < b < last), last]
+        found = []
+        for start, end in pairwise(edges):
+            self._note(replayer, start, states)
+            number = max(i for i, b in enumerate(self.bounds) if b <= start)
+            found.append(self._stretch(replayer, number, end))
+        self._note(replayer, last, states)
+        return found
+
+    def _stretch(self, replayer: Replayer, number: int, end: int) -> _Stretch:
+        """Redo steps up to ``end``, and beside them the recursions on their own, from the same start."""
+        stretch, before, moments = _Stretch(number), replayer.copy_state(), self._moments(replayer)
+        alone = {name: before[name].clone() for name in self.parameters}
+        while replayer.position < end:
+            stretch.steps.append(self._step(replayer, alone, moments))
+            self.tick()
+        after, actual = replayer.copy_state(), self._moments(replayer)
+        for name in self.side.names:
+            part = stretch.buffers if name in self.side.buffers else stretch.left
+            part[name] = after[name] - alone.get(name, before[name])
+        stretch.moments = {name: actual[name] - moments[name] for name in moments}
+        return stretch
+
+    def _step(self, replayer: Replayer, alone: Tensors, moments: Tensors) -> _Step:
+        """Redo one step; ``alone`` and ``moments`` (parameters and moments) go on as the recursions say."""
+        record, own = self.trajectory.steps[replayer.position], self._own(replayer)
+        held = {name: dict(replayer.optimizer.state.get(p, {})) for name, p in own.items()}
+        watch = StepGradients(self.layout, dict(own), len(record.indices), self.jacobian)
+        taken = replayer.advance(watch)
+        recursions, decaying = dict.fromkeys(own, STILL), {}
+        for group, rate in zip(self.trajectory.manifest.optimizer.groups, record.rates, strict=True):
+            for name in set(group.names) & taken.gradients.keys():
+                new = replayer.optimizer.state.get(own[name], {})
+                recursions[name] = recursion = self.rule(group.options, rate, held[name], new)
+                gradient = recursion.sign * record.sign * record.clip * taken.gradients[name]
+                if recursion.l2 or recursion.shrink:
+                    decaying[name] = alone[name].clone()
+                    gradient += recursion.l2 * alone[name]
+                alone[name] -= recursion.direct * gradient + recursion.shrink * alone[name]
+                if recursion.moment is not None:
+                    earlier = recursion.memory * moments[name] if name in moments else 0.0
+                    moments[name] = earlier + recursion.intake * gradient
+                    alone[name] -= recursion.applied * moments[name]
+        share = share_of(self.trajectory, record)
+        jacobian = None if watch.jacobian is None else scale(watch.jacobian, dict.fromkeys(own, share))
+        return _Step(
+            torch.as_tensor(record.indices), watch.factors, pull_of(watch.pull / -share), jacobian,
+            record.sign * record.clip, recursions, decaying,
+        )  # fmt: skip
+
+    def _own(self, replayer: Replayer) -> dict[str, torch.nn.Parameter]:
+        return {name: replayer.parameters[name] for name in self.parameters}
+
+    def _moments(self, replayer: Replayer) -> Tensors:
+        """Copies of the moments that the optimiser holds."""
+        found = {}
+        for name, parameter in self._own(replayer).items():
+            for key in ("momentum_buffer", "exp_avg"):
+                value = replayer.optimizer.state.get(parameter, {}).get(key)
+                if isinstance(value, Tensor):
+                    found[name] = value.detach().clone()
+        return found
+
+
+Mixture: TypeAlias = tuple[Coefficient, Coefficient, Coefficient]
+"""A co-state of one parameter: its coefficients of D, W and Y."""
+
+NONE, GRADIENT, MOMENT, POSITION = (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
+
+
+def _sum(*terms: tuple[Coefficient, Mixture]) -> Mixture:
+    """Σ coefficient ⊙ mixture."""
+    a, b, c = (sum((k * mixture[i] for k, mixture in terms if not _zero(mixture[i])), 0.0) for i in range(3))
+    return a, b, c
+
+
+class _Costate:
+    """The backward recursion for some of the queries."""
+
+    def __init__(self, walk: BackwardWalk, ledger: Ledger, rows: slice) -> None:
+        self.walk, self.ledger, self.rows = walk, ledger, rows
+        self.later: tuple[Tensors, Tensors] = ({}, {})
+        """W and Y: what moments and values at the segment's end are worth, [q, c, p]; zero where missing."""
+        self.memory: dict[str, float] = {}
+        """How much of the moment the step after the present one keeps."""
+        self.moment: dict[str, Mixture] = {}
+        self.position: dict[str, Mixture] = {}
+        self.segment: Segment | None = None
+        self.secants: list[tuple[float, Secant]] = []
+        self.written: Tensors = {}
+
+    def run(self) -> None:
+        """From the last step to the first."""
+        for stretch, segment in self.walk.stretches():
+            if self.segment is None or segment.number != self.segment.number:
+                self._enter(segment)
+            self._leftovers(stretch, segment)
+            for step in reversed(stretch.steps):
+                self._step(step, segment)
+        assert self.segment is not None
+        self.ledger.enter("unattributed", self.segment, self.rows, -self._kept_worth(self.walk.moments_at_start))
+        if self.walk.charge:
+            values = {name: self.walk.at_start[name] for name in self.position}
+            self.ledger.enter("regularizer", self.segment, self.rows, self._worth_of(values, self.position))
+
+    def _enter(self, segment: Segment) -> None:
+        """Come to a segment from its end: co-states there are what they were at the start of the one behind it."""
+        if self.segment is not None:
+            moments, positions = ({n: self._dense(n, m) for n, m in c.items()} for c in (self.moment, self.position))
+            self.later = tuple({n: t for n, t in c.items() if t is not None} for c in (moments, positions))  # type: ignore[assignment]
+        self.moment = dict.fromkeys(self.walk.parameters, MOMENT)
+        self.position = dict.fromkeys(self.walk.parameters, POSITION if self.walk.charge else NONE)
+        self.segment, self.written = segment, {}
+        with torch.random.fork_rng(devices=[]):
+            self.secants = self.walk.side.secants(segment.start, segment.end, self.rows)
+
+    def _step(self, step: _Step, segment: Segment) -> None:
+        gradient: dict[str, Mixture] = {}
+        straight: dict[str, Mixture] = {}
+        for name, by in step.recursions.items():
+            movement = _sum((1.0, GRADIENT), (1.0, self.position[name]))
+            moment = _sum((by.applied, movement), (self.memory.get(name, 0.0), self.moment[name]))
+            gradient[name] = _sum((by.direct, movement), (by.intake, moment))
+            self.moment[name], self.memory[name] = moment, by.memory
+            if name in step.decaying:
+                taken = _sum((by.shrink, movement), (by.l2, gradient[name]))
+                if self.walk.charge:
+                    self.position[name] = _sum((1.0, self.position[name]), (-1.0, taken))
+                else:
+                    straight[name] = taken
+        if straight:
+            self.ledger.enter("regularizer", segment, self.rows, -self._worth_of(step.decaying, straight))
+        if step.factors:
+            signed = {n: _sum((-step.factor * by.sign, gradient[n])) for n, by in step.recursions.items()}
+            found = self._against(step.factors, signed)[:, 0]
+            blocks = None if step.jacobian is None else -self._against(step.jacobian, signed)
+            indices = step.indices.to(found.device)
+            self.ledger.credit(segment, self.rows, indices, found, step.alpha.to(found.device), blocks)
+
+    def _leftovers(self, stretch: _Stretch, segment: Segment) -> None:
+        """What the recursions do not account for, which enters at the stretch's end, and the buffers."""
+        worth = {n: _sum((1.0, GRADIENT), (1.0, self.position.get(n, NONE))) for n in stretch.left}
+        values = self._worth_of(stretch.left, worth) - self._kept_worth(stretch.moments)
+        self.ledger.enter("unattributed", segment, self.rows, values)
+        if stretch.buffers:
+            self.ledger.enter("buffers", segment, self.rows, self._along(stretch.buffers))
+
+    def _kept_worth(self, moments: Tensors) -> Tensor:
+        """What moments are worth that the next step finds."""
+        kept = {name: self.memory.get(name, 0.0) * m for name, m in moments.items()}
+        return self._worth_of(kept, {name: self.moment[name] for name in kept})
+
+    def _worth_of(self, values: Tensors, mixtures: dict[str, Mixture]) -> Tensor:
+        """Inner products of one vector with co-states, [q, c]."""
+        total = self._along({n: mixtures[n][0] * v for n, v in values.items() if not _zero(mixtures[n][0])})
+        for place, later in enumerate(self.later, 1):
+            for name, tensor in later.items():
+                if name in values and not _zero(mixtures[name][place]):
+                    total = total + tensor @ (mixtures[name][place] * values[name]).flatten()
+        return total
+
+    def _along(self, direction: Tensors) -> Tensor:
+        """⟨D, direction⟩, [q, c]."""
+        total = torch.zeros_like(self.secants[0][1].start)
+        for weight, secant in self.secants:
+            total += weight * secant.along(direction)
+        return total
+
+    def _against(self, factors: Factors, mixtures: dict[str, Mixture]) -> Tensor:
+        """Inner products of examples' gradients with co-states, [n, k, q, c]."""
+        names = {name for factor in factors for name in factor.names}
+        first = mixtures[next(iter(names))]
+        if any(_elementwise(mixtures[n]) or mixtures[n] != first for n in names):
+            written = {n: self._dense(n, mixtures[n]) for n in names}
+            return against_dense(factors, {n: t for n, t in written.items() if t is not None} or self._write_out())
+        total = sum((against(factors, secant) * (weight * first[0]) for weight, secant in self.secants), 0.0)
+        for place, later in enumerate(self.later, 1):
+            if later and first[place]:
+                total = total + against_dense(factors, later) * first[place]
+        return total  # type: ignore[return-value]
+
+    def _dense(self, name: str, mixture: Mixture) -> Tensor | None:
+        """One parameter's co-state written out, [q, c, p]; ``None`` for zero."""
+        total: Tensor | None = None
+        for place, coefficient in enumerate(mixture):
+            if not _zero(coefficient) and (place == 0 or name in self.later[place - 1]):
+                source = self._write_out()[name] if place == 0 else self.later[place - 1][name]
+                term = source * (coefficient.flatten() if isinstance(coefficient, Tensor) else coefficient)
+                total = term if total is None else total.add_(term)
+        return total
+
+    def _write_out(self) -> Tensors:
+        """D of every parameter, [q, c, p]."""
+        if not self.written:
+            q, c = self.secants[0][1].start.shape
+            self.written = {n: p.new_zeros(q, c, p.numel()) for n, p in self.walk.parameters.items()}
+            for weight, secant in self.secants:
+                for part in (d for f in secant.factors for d in f.dense()):
+                    if part.weight in self.written:
+                        self.written[part.weight] += weight * part.values
+                for name, direction in secant.direction.items():
+                    if secant.correction is not None and name in self.written:
+                        self.written[name] += weight * secant.correction[..., None] * direction.flatten()
+        return self.written
+
+
+def _zero(value: Coefficient) -> bool:
+    return not isinstance(value, Tensor) and value == 0
+
+
+def _elementwise(values: Mixture) -> bool:
+    return any(isinstance(value, Tensor) for value in values)
