@@ -248,6 +248,8 @@ class _Costate:
         self.segment: Segment | None = None
         self.secants: list[tuple[float, Secant]] = []
         self.written: Tensors = {}
+        self.scratch: Tensors = {}
+        """Memory for the co-states of a step, used again and again."""
 
     def run(self) -> None:
         """From the last step to the first."""
@@ -331,22 +333,30 @@ class _Costate:
         names = {name for factor in factors for name in factor.names}
         first = mixtures[next(iter(names))]
         if any(_elementwise(mixtures[n]) or mixtures[n] != first for n in names):
-            written = {n: self._dense(n, mixtures[n]) for n in names}
-            return against_dense(factors, {n: t for n, t in written.items() if t is not None} or self._write_out())
+            own = self._write_out()
+            self.scratch = self.scratch or {n: torch.empty_like(own[n]) for n in own}
+            written = {n: self._dense(n, mixtures[n], self.scratch[n]) for n in names}
+            return against_dense(factors, {n: torch.zeros_like(own[n]) if t is None else t for n, t in written.items()})
         total = sum((against(factors, secant) * (weight * first[0]) for weight, secant in self.secants), 0.0)
         for place, later in enumerate(self.later, 1):
             if later and first[place]:
                 total = total + against_dense(factors, later) * first[place]
         return total  # type: ignore[return-value]
 
-    def _dense(self, name: str, mixture: Mixture) -> Tensor | None:
-        """One parameter's co-state written out, [q, c, p]; ``None`` for zero."""
+    def _dense(self, name: str, mixture: Mixture, out: Tensor | None = None) -> Tensor | None:
+        """One parameter's co-state written out, [q, c, p], into ``out`` if given; ``None`` for zero."""
         total: Tensor | None = None
         for place, coefficient in enumerate(mixture):
-            if not _zero(coefficient) and (place == 0 or name in self.later[place - 1]):
-                source = self._write_out()[name] if place == 0 else self.later[place - 1][name]
-                term = source * (coefficient.flatten() if isinstance(coefficient, Tensor) else coefficient)
-                total = term if total is None else total.add_(term)
+            if _zero(coefficient) or (place > 0 and name not in self.later[place - 1]):
+                continue
+            source = self._write_out()[name] if place == 0 else self.later[place - 1][name]
+            by = coefficient.flatten() if isinstance(coefficient, Tensor) else coefficient
+            if total is None:
+                total = torch.mul(source, by, out=out)
+            elif isinstance(by, Tensor):
+                total.addcmul_(source, by)
+            else:
+                total.add_(source, alpha=by)
         return total
 
     def _write_out(self) -> Tensors:
