@@ -36,6 +36,8 @@ class Ledger:
         affordable = side.budget // 4 // max(1, q * examples * c * side.prediction.element_size())
         bins = min(segments, TIMELINE_BINS, affordable) if timeline else 0
         self.bins = torch.zeros(bins, examples, q, c, dtype=side.dtype, device=side.prediction.device)
+        if side.steady is not None:
+            self.lines["buffers"][0] += (side.steady - side.baseline).to(self.sums.dtype)
         self._held: tuple[Segment | None, slice, list[tuple[float, Secant]]] = (None, slice(0), [])
 
     @property

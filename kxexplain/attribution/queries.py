@@ -35,6 +35,8 @@ class QuerySide:
     prediction: Tensor
     labels: Tensor | None
     chunk: int = 0
+    steady: Tensor | None = None
+    """The initial model's quantities with the trained model's counters, where these matter, [q, c]."""
 
     @property
     def rows(self) -> int:
@@ -91,6 +93,7 @@ class QuerySide:
             baseline, prediction, labels,
         )  # fmt: skip
         side._choose_portions(first, last, device)
+        side.steady = side._steady(private, first)
         return side
 
     def chunks(self) -> list[slice]:
@@ -109,6 +112,18 @@ class QuerySide:
             at = {name: torch.lerp(start[name], end[name], position) for name in self.names}
             made.append((weight, self.gradient(at, at, inputs, target)))
         return made
+
+    def _steady(self, model: nn.Module, first: State) -> Tensor | None:
+        """Buffers that are no floating-point numbers change at once, at the beginning: there is nothing in between."""
+        counters = {n for n, b in model.named_buffers() if not b.is_floating_point()}
+        if not counters:
+            return None
+        values = {k: v for k, v in {**first.parameters, **first.buffers}.items() if k not in counters}
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                if name in values:
+                    tensor.copy_(values[name])
+            return self.target.select(evaluate(model, self.inputs), slice(None))
 
     def _choose_portions(self, first: State, last: State, device: torch.device) -> None:
         """Measure a query's gradient and choose how many fit the budget at a time."""
@@ -209,4 +224,10 @@ def first_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
     if len(alone) != 1 or together.shape != (count(inputs), alone.shape[1]):
         found = f"{tuple(together.shape)}, and for the first alone {tuple(alone.shape)}"
         raise DatasetError(f"the model's outputs for {count(inputs)} queries have shape {found}; {advice}")
+    close = torch.finfo(together.dtype).eps ** 0.5
+    if not torch.allclose(together[:1], alone, rtol=close, atol=close * float(alone.abs().max()), equal_nan=True):
+        raise ModelError(
+            "the model's output for the first query depends on the other queries (in evaluation mode, too): what is "
+            "predicted is not one query's alone; explain the queries one at a time"
+        )
     return together

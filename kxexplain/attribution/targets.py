@@ -119,22 +119,31 @@ def _loss(outputs: Tensor, labels: Tensor | None, loss: LossFunction | None, sha
 
 
 def _function(function: Callable[[Tensor], Tensor], outputs: Tensor) -> ResolvedTarget:
-    try:
-        found = function(outputs)
-    except UNFIT as error:
-        raise TargetError(
-            f"the target function failed on outputs of shape {tuple(outputs.shape)}: {error}; expected a function from "
-            "outputs [n, C] to one number per row"
-        ) from error
+    found, alone = (_called(function, rows) for rows in (outputs, outputs[:1]))
     if not isinstance(found, Tensor) or found.shape != (len(outputs),):
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise TargetError(f"the target function returned {got}; expected a tensor of shape ({len(outputs)},)")
+    if not isinstance(alone, Tensor) or not torch.allclose(found[:1], alone, rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise TargetError(
+            "the target function gives the first row another value alone than among the others; expected a function "
+            "that takes every row of the outputs for itself, so that it can be called on some of them"
+        )
 
     def select(values: Tensor, rows: Tensor | slice) -> Tensor:
         result = function(values)
         return result[:, None] if isinstance(result, (Tensor, TwoPoint)) else result
 
     return ResolvedTarget(getattr(function, "__name__", "function"), select, None, None)
+
+
+def _called(function: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
+    try:
+        return function(outputs)
+    except UNFIT as error:
+        raise TargetError(
+            f"the target function failed on outputs of shape {tuple(outputs.shape)}: {error}; expected a function from "
+            "outputs [n, C], whatever n, to one number per row"
+        ) from error
 
 
 def _classes(labels: Tensor | None, outputs: Tensor, target: str) -> Tensor:

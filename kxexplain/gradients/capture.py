@@ -11,6 +11,7 @@ backward pass per example. So every model is served, and the usual ones at the c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +44,15 @@ class Layout:
         axes: where outputs that grow with the batch keep their examples.
         fixed: shapes of outputs that do not.
         lengths: how many calls each composite function made, so that one of no interest can be run whole.
+        loose: parameters whose uses were seen to be missed; their gradients are taken one by one.
+        blind: the forward code does not bear being watched: every parameter is loose.
     """
 
     axes: Mapping[Place, Axis]
     fixed: Mapping[Place, torch.Size]
     lengths: Mapping[tuple[Place, Any], int] = field(default_factory=dict)
+    loose: frozenset[str] = frozenset()
+    blind: bool = False
 
     def axis(self, call: Place, shape: torch.Size, rows: int) -> Axis | None:
         """The measured axis, if the output's shape agrees with it."""
@@ -101,10 +106,14 @@ class Capture(TorchFunctionMode):
         self.sources = {id(t): Source(name, t, t.numel()) for name, t in parameters.items() if t.requires_grad}
         self.layout, self.rows = layout, rows
         self.uses: list[Use] = []
-        self.loose: set[str] = set()
+        self.loose = set() if layout is None else set(parameters if layout.blind else layout.loose)
         self.outputs: dict[Place, Any] = {}
         self.lengths: dict[tuple[Place, Any], int] = {}
         self.place: Place = (0, 0)
+
+    def around(self) -> AbstractContextManager[Any]:
+        """Entered around the forward pass."""
+        return nullcontext() if self.layout is not None and self.layout.blind else self
 
     def enter(self, call: int) -> None:
         """The forward code has come to its next call (told by a tracer that makes several calls of one)."""
@@ -197,21 +206,34 @@ class Capture(TorchFunctionMode):
         return [use.edge for use in self.uses]
 
 
-Run = Callable[[int, Capture], Tensor]
-"""Runs the forward pass on so many examples inside the capture given; returns the outputs, [n, c]."""
+Run = Callable[[Tensor, Capture], Tensor]
+"""Runs the forward pass on the examples of these numbers inside the capture given; returns the outputs, [n, c]."""
+
+ORDERS = ((1, 2, 0), (1, 0, 2))
+"""Rearrangements of three examples; only what leaves every example in its place commutes with both."""
 
 
 def measure(run: Run, parameters: Mapping[str, Tensor]) -> Layout:
     """Find the example axis of every call by running 2 and 3 examples.
 
-    Where examples share an axis with something else (n·r rows after a reshape), the rows that stay as they are when a
-    third example joins show the order; where examples influence each other (batch norm), their outputs' gradients do.
+    An axis is believed if its rows follow the examples when these are rearranged: code may sort its batch or turn it
+    round. Where the code draws at random and no two runs agree, every output must depend on its own row. Where
+    examples share an axis with something else (n·r rows after a reshape), the rows that stay as they are when a third
+    example joins show the order; where examples influence each other (batch norm), their outputs' gradients do.
     """
+
+    def outputs_of(order: Sequence[int]) -> dict[Place, Any]:
+        capture = Capture(parameters, None, 3)
+        with torch.no_grad():
+            run(torch.tensor(order), capture)
+        return capture.outputs
+
     two, three = Capture(parameters, None, 2), Capture(parameters, None, 3)
     with torch.enable_grad():
-        outputs = run(2, two)
+        outputs = run(torch.arange(2), two)
         with torch.no_grad():
-            run(3, three)
+            run(torch.arange(3), three)
+    again, rearranged = outputs_of((0, 1, 2)), [(torch.tensor(order), outputs_of(order)) for order in ORDERS]
     axes: dict[Place, Axis] = {}
     fixed: dict[Place, torch.Size] = {}
     for place, a in two.outputs.items():
@@ -219,6 +241,11 @@ def measure(run: Run, parameters: Mapping[str, Tensor]) -> Layout:
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             continue
         found = _axis(a, b, outputs)
+        if found is not None and found.inner == 1:
+            moved = [(order, run_outputs.get(place)) for order, run_outputs in rearranged]
+            settled = _same(b, again.get(place))
+            if not (all(_follows(b, c, order, found) for order, c in moved) if settled else _own(a, outputs, found)):
+                continue
         if found is not None:
             axes[place] = found
         elif a.shape == b.shape:
@@ -245,6 +272,36 @@ def _axis(two: Tensor, three: Tensor, outputs: Tensor) -> Axis | None:
     return None
 
 
+def _same(a: Tensor, b: Any) -> bool:
+    """Whether two runs on the same examples agree."""
+    return isinstance(b, Tensor) and a.shape == b.shape and _close(a, b)
+
+
+def _follows(before: Tensor, after: Any, order: Tensor, at: Axis) -> bool:
+    """Whether the rows followed the examples when these were rearranged."""
+    if not isinstance(after, Tensor) or after.shape != before.shape:
+        return False
+    return _close(before.detach().index_select(at.axis, order.to(before.device)), after)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    a, b = (torch.nan_to_num(t.detach().to(torch.float64)) for t in (a, b))
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()) if a.numel() else 0.0)
+
+
+def _own(two: Tensor, outputs: Tensor, at: Axis) -> bool:
+    """No output depends more on the other example's row than on its own."""
+    if not two.requires_grad:
+        return True
+    for example in (0, 1):
+        (gradient,) = torch.autograd.grad(outputs[example].sum(), two, retain_graph=True, allow_unused=True)
+        if gradient is not None:
+            own, other = (_split(gradient, at, 2)[row].norm() for row in (example, 1 - example))
+            if float(own) < 0.5 * float(other):
+                return False
+    return True
+
+
 def _split(value: Tensor, at: Axis, rows: int) -> Tensor:
     """The shared axis taken apart, [example, inner, rest]."""
     flat = value.detach().movedim(at.axis, 0).reshape(rows * at.inner, -1)
@@ -255,8 +312,7 @@ def _split(value: Tensor, at: Axis, rows: int) -> Tensor:
 
 def _values_fit(two: Tensor, three: Tensor, outputs: Tensor, at: Axis) -> bool:
     """The first two examples' rows are the same whether or not a third is there."""
-    a, b = (torch.nan_to_num(_split(t, at, rows)[:2].to(torch.float64)) for t, rows in ((two, 2), (three, 3)))
-    return torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()) if a.numel() else 0.0)
+    return _close(_split(two, at, 2)[:2], _split(three, at, 3)[:2])
 
 
 def _gradients_fit(two: Tensor, three: Tensor, outputs: Tensor, at: Axis) -> bool:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kxexplain.errors import KxError
 from kxexplain.gradients.capture import Capture, Layout, measure
 from kxexplain.gradients.factors import Dense, Factors, concatenate, signature
-from kxexplain.gradients.ordinary import differentiate, layout_of
+from kxexplain.gradients.ordinary import checked, differentiate, layout_of
 from kxexplain.gradients.products import dot
 from kxexplain.gradients.secant import rank_one_residual
-from kxexplain.gradients.two_point import Extent, Place, Substitution, Trace, TwoPoint, Untraceable
+from kxexplain.gradients.two_point import Extent, Place, Substitution, Trace, TwoPoint
 from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory.batches import call, copied, count, outputs_2d, take
 
@@ -92,7 +93,9 @@ class DiscreteGradient:
             try:
                 values, factors, trace = self._trace(start, end, inputs, target, rows)
                 return self._finish(start, end, values, factors, trace.inexact), trace.mixed
-            except Untraceable:  # a branch that this segment crosses, or a target that leaves torch
+            except (KxError, torch.OutOfMemoryError):
+                raise
+            except Exception:  # a branch that this segment crosses, a target that leaves torch
                 pass
         return self._at_midpoint(start, end, inputs, target, rows), False
 
@@ -106,7 +109,7 @@ class DiscreteGradient:
         layout = layout_of(self.model, inputs, parameters)
         capture, inputs = Capture(parameters, layout, count(inputs)), copied(inputs)
         with torch.enable_grad():
-            with capture:
+            with capture.around():
                 outputs = outputs_2d(call(self.model, inputs))
             middle = target(outputs, rows)
             factors = differentiate(middle, capture, parameters)
@@ -159,15 +162,15 @@ class DiscreteGradient:
         traces: dict[int, Trace] = {}
         self.extents = {}
 
-        def run(rows: int, capture: Capture) -> Tensor:
-            batch = take(inputs, torch.arange(rows) % size)
-            outputs, traces[rows] = self._run(start, end, leaves, batch, capture)
+        def run(order: Tensor, capture: Capture) -> Tensor:
+            outputs, trace = self._run(start, end, leaves, take(inputs, order % size), capture)
+            traces.setdefault(len(order), trace)
             return outputs.middle if isinstance(outputs, TwoPoint) else outputs
 
         with torch.enable_grad():
             layout = measure(run, leaves)
-        self.extents = _extents(traces[2].shapes, traces[3].shapes)
-        return layout
+            self.extents = _extents(traces[2].shapes, traces[3].shapes)
+            return checked(layout, run, leaves)
 
     def _set(self, values: Tensors) -> None:
         with torch.no_grad():
@@ -185,7 +188,9 @@ class DiscreteGradient:
         batch = take(inputs, slice(0, 2))
         try:
             outputs, _ = self._run(start, end, leaves, batch, Capture({}, Layout({}, {}), count(batch)))
-        except Untraceable:
+        except (KxError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # Untraceable, or whatever the model's own code raises when it is followed
             return False
         if not isinstance(outputs, TwoPoint):
             return True

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kxexplain.gradients.capture import Capture, Layout, Use, measure
+from kxexplain.errors import KxError
+from kxexplain.gradients.capture import Capture, Layout, Run, Use, measure
 from kxexplain.gradients.contacts import ASSEMBLY
 from kxexplain.gradients.factors import Dense, Factors, merge
 from kxexplain.shapes import Inputs, Tensors
@@ -27,16 +28,49 @@ def trainable(model: nn.Module) -> Tensors:
 
 
 def layout_of(model: nn.Module, inputs: Inputs, parameters: Tensors) -> Layout:
-    """Measure where the model keeps its examples (:func:`kxexplain.gradients.capture.measure`)."""
+    """Measure where the model keeps its examples, and check it (:func:`measure`, :func:`checked`).
+
+    A model that does not bear being watched (it checkpoints, or is compiled) gets a blind layout.
+    """
     size = count(inputs)
 
-    def run(rows: int, capture: Capture) -> Tensor:
-        batch = take(inputs, torch.arange(rows) % size)
-        with capture:
+    def run(order: Tensor, capture: Capture) -> Tensor:
+        batch = copied(take(inputs, order % size))
+        with capture.around():
             return outputs_2d(call(model, batch))
 
     with torch.enable_grad():
-        return measure(run, parameters)
+        try:
+            return checked(measure(run, parameters), run, parameters)
+        except (KxError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # whatever the model's own code raises when it is watched
+            return Layout({}, {}, blind=True)
+
+
+def checked(layout: Layout, run: Run, parameters: Tensors) -> Layout:
+    """The layout, with those parameters made loose whose examples' gradients do not add up to the gradient.
+
+    A use can be out of sight: inside a function that defines its own derivative, or written into a view.
+    """
+    capture = Capture(parameters, layout, 3)
+    outputs = run(torch.arange(3), capture)
+    free = {name: p for name, p in parameters.items() if p.requires_grad}
+    if not outputs.requires_grad or not free:
+        return layout
+    values = outputs.sum(1, keepdim=True)
+    parts = [part for f in differentiate(values, capture, parameters, keep_graph=True) for part in f.dense()]
+    whole = torch.autograd.grad(values.sum(), list(free.values()), allow_unused=True)
+    largest = max((float(g.abs().max()) for g in whole if g is not None and g.numel()), default=0.0)
+    missed = set()
+    for (name, parameter), gradient in zip(free.items(), whole, strict=True):
+        found = sum((part.values.sum((0, 1)) for part in parts if part.weight == name), torch.zeros(()))
+        wanted = torch.zeros_like(parameter) if gradient is None else gradient
+        gap = (wanted.flatten() - found.to(wanted.device)).abs().max() if wanted.numel() else torch.zeros(())
+        limit = 10 * torch.finfo(wanted.dtype).eps ** 0.5 * max(float(wanted.abs().max()), 1e-3 * largest)
+        if not float(gap) <= limit and bool(gap.isfinite()):
+            missed.add(name)
+    return replace(layout, loose=frozenset(missed))
 
 
 def differentiate(values: Tensor, capture: Capture, parameters: Tensors, *, keep_graph: bool = False) -> Factors:
@@ -115,7 +149,7 @@ def output_gradients(
     parameters = trainable(model)
     capture, inputs = Capture(parameters, layout, count(inputs)), copied(inputs)
     with torch.enable_grad():
-        with capture:
+        with capture.around():
             outputs = outputs_2d(call(model, inputs))
         values = outputs if select is None else select(outputs)
         factors = differentiate(values, capture, parameters)
@@ -144,7 +178,7 @@ class StepGradients:
 
     def forward(self) -> AbstractContextManager[Any]:
         """Entered around the forward pass."""
-        return self.capture
+        return self.capture.around()
 
     def edges(self, outputs: Tensor, losses: Tensor, total: Tensor) -> list[GradientEdge]:
         """What the backward pass must return, once the loose parameters and the Jacobian are taken."""

@@ -84,7 +84,7 @@ def second_best(outputs: Tensor) -> Tensor:
 
 
 def branching(outputs: Tensor) -> Tensor:
-    return outputs[:, 0] if bool(outputs.sum() > 0) else outputs[:, 1]
+    return torch.stack([row[0] if bool(row.sum() > 0) else row[1] for row in outputs])
 
 
 TARGETS: list[Any] = [0, 2, -1, "predicted", "label", "margin", "loss", "all", entropy, second_best]
@@ -410,6 +410,70 @@ class Auxiliary(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x) + (self.auxiliary(x) if self.training else 0)
+
+
+class Hidden(nn.Module):
+    """A layer between others that uses parameters where no tracer sees it, or moves the examples about."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.last, self.how = nn.Linear(6, 6), nn.Linear(6, 3), how
+        self.extra = nn.Parameter(torch.randn(6))
+        self.table = nn.Embedding(3, 6, padding_idx=0)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "turned":
+            return self.last(torch.tanh(self.first(x.flip(0))).flip(0))
+        if self.how == "sorted":
+            order = x[:, 0].argsort()
+            return self.last(torch.tanh(self.first(x[order]))[order.argsort()])
+        h = self.first(x) * 1.0
+        if self.how == "own derivative":
+            h = Scaled.apply(h, self.extra)
+        if self.how == "written into a view":
+            h[:, :4].add_(self.extra[:4])
+        if self.how == "fixed look-up":
+            h = h + self.table(torch.tensor([0])) + self.table(torch.tensor([1]))
+        if self.how == "counter":
+            self.calls += int(self.training)
+            h = h / (1 + 0.1 * self.calls)
+        if self.how == "checkpoint":
+            return self.last(torch.utils.checkpoint.checkpoint(torch.tanh, h, use_reentrant=False))
+        return self.last(torch.tanh(h))
+
+
+class Scaled(torch.autograd.Function):
+    """A product that brings its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: Tensor) -> Tensor:
+        ctx.save_for_backward(x, by)
+        return x * by
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, by = ctx.saved_tensors
+        return gradient * by, (gradient * x).sum(0)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["turned", "sorted", "own derivative", "written into a view", "fixed look-up", "counter", "checkpoint"],
+)
+def test_uses_out_of_sight(how: str, tmp_path: Path) -> None:
+    problem = Case(how, lambda: Hidden(how), cases.vectors).build()
+    trajectory = run(problem, tmp_path, 0.3)
+    explanation = kx.explain(trajectory, problem.model, problem.data, problem.queries, "all")
+    assert_complete(explanation)
+    assert (float(explanation.buffers.norm()) > 0) == (how == "counter")
+
+
+def test_the_kernel_of_a_model_that_turns_its_batch_round() -> None:
+    model = Hidden("turned").double()
+    plain = nn.Sequential(model.first, nn.Tanh(), model.last)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(kx.tangent_kernel(model, x), kx.tangent_kernel(plain, x))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
