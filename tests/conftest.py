@@ -64,7 +64,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 WHOLE = ("test_complete.py", "test_rules_compare.py", "test_agreement.py")
 """Files that take minutes; every run takes the completeness of a few cases and what is quick."""
 
-QUICK = ("mlp-relu-dtype0", "mlp-tanh-dtype0", "cnn-max-dtype0", "mlp-relu]", "mlp-relu-1]")
+QUICK = (
+    "mlp-relu-dtype0",
+    "mlp-tanh-dtype0",
+    "cnn-max-dtype0",
+    "mlp-relu]",
+    "mlp-relu-1]",
+    "turned]",
+    "sorted]",
+    "derivative]",
+    "view]",
+    "look-up]",
+    "counter]",
+)
 
 
 def mark_whole(item: pytest.Item) -> None:
