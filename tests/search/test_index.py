@@ -151,6 +151,7 @@ def test_printing_tells_what_was_found(index: GradientIndex, digits: Trained) ->
     assert f"{int(found.proponents.ids[0, 0])} (label {label})" in text
     assert "contribution" in text
     assert "9 more queries" in text
+    assert all(line == line.rstrip() for line in text.splitlines())
     assert "420 examples × 1024" in repr(index)
     assert "12 queries × 2" in repr(found)
     with pytest.raises(ArgumentError, match="there are 12"):
