@@ -204,8 +204,12 @@ def test_unknown_optimiser_and_huge_updates(digits: Trained, tmp_path: Path) -> 
     trajectory = kx.train(
         model, digits.data, optimizer=momentum, epochs=1, batch_size=64, out=tmp_path / "a", progress=False
     )
-    with pytest.raises(ArgumentError, match="not itemised"):
+    with pytest.raises(ArgumentError, match=r"is SGD with momentum, but .* SGD without momentum .* kx\.explain"):
         GradientIndex.build(trajectory, model, digits.data)
+    rprop = torch.optim.Rprop(model.parameters())
+    other = kx.train(model, digits.data, optimizer=rprop, epochs=1, batch_size=210, out=tmp_path / "c", progress=False)
+    with pytest.raises(ArgumentError, match=r"is Rprop, but .* momentum=0\)$"):
+        GradientIndex.build(other, model, digits.data)
     data = TensorDataset(torch.full((2, 1), 1e25, dtype=torch.float64), torch.full((2,), 1e20, dtype=torch.float64))
     wide = nn.Linear(1, 1).double()
     sgd = torch.optim.SGD(wide.parameters(), lr=1e-3)
