@@ -49,9 +49,9 @@ def _course_title(steps: list[int], running: np.ndarray) -> str:
     """Between which states half of the change came about; where it came about more than once, the last of them.
 
     >>> _course_title([0, 90, 135], np.array([0.0, 1.0, 4.0]))
-    'Half of the change was made between steps 90 and 135 of 135'
+    'Half of the change was reached between steps 90 and 135 of 135'
     >>> _course_title([0, 1, 2], np.array([0.0, 2.0, 2.5]))
-    'Half of the change was made by step 1 of 2'
+    'Half of the change was reached by step 1 of 2'
     """
     change = running[-1] - running[0]
     if len(steps) < 3 or change == 0 or not np.isfinite(running).all():
@@ -59,7 +59,7 @@ def _course_title(steps: list[int], running: np.ndarray) -> str:
     behind = np.flatnonzero((running - running[0]) / change < 0.5)
     before, after = steps[int(behind[-1])], steps[int(behind[-1]) + 1]
     when = f"by step {after:,}" if after == before + 1 else f"between steps {before:,} and {after:,}"
-    return f"Half of the change was made {when} of {steps[-1]:,}"
+    return f"Half of the change was reached {when} of {steps[-1]:,}"
 
 
 def draw_shares(axes: Axes, explanation: Explanation, query: int, gallery: Gallery) -> None:
