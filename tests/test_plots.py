@@ -139,7 +139,7 @@ def test_when_half_was_made_is_told_as_closely_as_it_is_known(sign: int, tmp_pat
     ):
         line = dataclasses.replace(found.timeline, steps=torch.tensor(steps), totals=totals)
         figure = plot_explanation(dataclasses.replace(found, timeline=line))
-        assert f"Half of the change was reached {when}" in texts(figure)
+        assert f"Half-way was reached {when}" in texts(figure)
         assert not overlaps(figure)
 
 
