@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from itertools import count
 from pathlib import Path
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 from kxexplain.attribution import Explanation
 from kxexplain.cli import app
 from kxexplain.cli.console import numbers
+from kxexplain.search import GradientIndex
 from kxexplain.trajectory import Trajectory
 
 COMMANDS = ("demo", "train", "explain", "neighbors", "compare", "verify", "info")
@@ -103,6 +106,16 @@ def test_help_is_there_with_examples(name: str) -> None:
     assert "--json" in text
 
 
+def test_the_package_is_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kxexplain", "info", "nowhere"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("kxexplain: nowhere is no trajectory")
+
+
 def test_help_lists_the_commands() -> None:
     text = ok("--help")
     assert all(name in text for name in COMMANDS)
@@ -120,7 +133,12 @@ def test_train_tells_and_records(run: Path) -> None:
 
 def test_train_resumes_and_overwrites(run: Path) -> None:
     again = ("train", "--out", run, "--epochs", "2", "--lr", "0.5")
-    assert "already holds a trajectory" in fails(1, *again)
+    message = fails(1, *again)
+    assert "already holds a trajectory" in message
+    assert "--resume" in message
+    assert "--overwrite" in message
+    assert "overwrite=" not in message
+    assert "not both" in fails(2, *again, "--resume", "--overwrite")
     assert json.loads((run / "run.json").read_text())["data"] == "toy"  # a failed start changes nothing
     assert read(*again, "--resume")["steps"] == 14
     assert read("train", "--out", run, "--epochs", "3", "--lr", "0.5", "--resume")["steps"] == 21
@@ -138,6 +156,45 @@ def test_train_takes_an_optimizer_and_its_options() -> None:
     assert "momentum" in fails(1, "train", "--out", "x", "--optimizer", "adam", "--momentum", "0.5")
 
 
+def stopped(monkeypatch: pytest.MonkeyPatch, place: str, *arguments: object) -> str:
+    """What a command says when Ctrl-C is pressed as ``place`` is reached."""
+
+    def press(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, press)
+        result = call(*arguments)
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert result.stderr.startswith("kxexplain: stopped")
+    assert result.stderr.count("\n") == 1
+    return str(result.stderr)
+
+
+@pytest.mark.parametrize("place", ["cli.training.build_data", "learning.trainer.describe", "learning.trainer.prepare"])
+def test_stopped_before_anything_is_recorded(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = stopped(monkeypatch, f"kxexplain.{place}", "train", "--data", "toy", "--epochs", "1", "--out", "run")
+    assert "--resume" not in told
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--resume"])
+def test_stopped_before_an_older_run_is_touched(run: Path, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("train", "--data", "toy", "--model", "mlp-9", "--epochs", "1", "--out", run, option)
+    stopped(monkeypatch, "kxexplain.learning.trainer.describe", *arguments)
+    assert json.loads((run / "run.json").read_text())["model"] == "mlp-6"
+    assert read("info", run)["steps"] == 14
+
+
+def test_stopped_on_the_way_then_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("train", "--data", "toy", "--model", "mlp-6", "--epochs", "1", "--out", "run")
+    place = "kxexplain.trajectory.recorder.Recorder.step"
+    assert "--resume" in stopped(monkeypatch, place, *arguments)
+    assert json.loads(Path("run/run.json").read_text())["model"] == "mlp-6"
+    assert read(*arguments, "--resume")["steps"] == 7
+
+
 def test_a_diverged_run_is_told_and_kept() -> None:
     arguments = ("train", "--data", "toy", "--loss", "mse", "--model", "mlp-6", "--lr", "1e30", "--out", "run")
     assert fails(1, *arguments)
@@ -150,6 +207,42 @@ def test_explain_prints_bills_and_writes_files(run: Path) -> None:
     assert "prediction" in text
     assert {p.name for p in Path("why").iterdir()} == {"query-0.png", "query-3.png", "explanation.safetensors"}
     assert len(Explanation.load("why/explanation.safetensors")) == 2
+
+
+@pytest.mark.parametrize("command", ["explain", "neighbors", "compare", "demo"])
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_noticed_before_work(
+    command: str, out: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("work began")
+
+    for module, name in (("explaining", "explain"), ("comparing", "compare_svm"), ("demo", "run")):
+        monkeypatch.setattr(sys.modules[f"kxexplain.cli.{module}"], name, work)
+    monkeypatch.setattr(GradientIndex, "build", work)
+    Path("file").touch()
+    message = fails(1, command, *(() if command == "demo" else (run,)), "--out", out)
+    assert f"{out} " in message
+    assert "give a folder" in message
+    if command == "neighbors":
+        assert f"--index {out} " in fails(1, command, run, "--index", out)
+
+
+@pytest.mark.parametrize("optimizer", [("Adam",), ("adamw",), ("sgd", "--momentum", "0.9"), ("rmsprop",)])
+def test_optimisers_with_a_memory_are_itemised(optimizer: tuple[str, ...]) -> None:
+    options = ("--data", "toy", "--model", "mlp-6", "--epochs", "2", "--lr", "0.02", "--weight-decay", "0.1")
+    read("train", *options, "--out", "run", "--optimizer", *optimizer)
+    line, charged = (read("explain", "run", "--queries", "0", "--decay", way) for way in ("line", "charged"))
+    assert (line["decay"], charged["decay"]) == ("line", "charged")
+    for found in (line, charged):
+        bill = found["queries"][0]
+        assert abs(bill["remainder"]) + abs(bill["unattributed"]) < 1e-5 * abs(bill["prediction"] - bill["baseline"])
+        assert bill["contributions"] != 0
+    assert line["queries"][0]["regularizer"] != pytest.approx(charged["queries"][0]["regularizer"], rel=1e-3)
+    assert "unattributed" not in ok("explain", "run", "--queries", "0")
+    assert read("verify", "run", "--examples", "2")["passed"] is True
+    assert "SGD without momentum" in fails(1, "neighbors", "run")
+    assert "neither line nor charged" in fails(2, "explain", "run", "--decay", "spread")
 
 
 @pytest.mark.parametrize("target", ["predicted", "label", "margin", "loss", "1"])
@@ -268,6 +361,7 @@ def test_wrong_use(run: Path) -> None:
     assert "is no trajectory" in fails(1, "info", "nowhere")
     assert "0 to 199" in fails(2, "explain", run, "--queries", "200")
     assert "0-4" in fails(2, "explain", run, "--queries", "a")
+    assert "5-3 goes backward; give 3-5" in fails(2, "explain", run, "--queries", "5-3")
     assert "output 7 was asked for" in fails(1, "explain", run, "--target", "7")
     assert "got target 'reach'" in fails(1, "explain", run, "--target", "reach")
     assert "not the model" in fails(1, "explain", run, "--model", "mlp-7")

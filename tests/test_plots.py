@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,22 @@ def test_targets_have_names(target: Any, tmp_path: Path) -> None:
     figure = plot_explanation(explained((5,), tmp_path / "run", target=target))
     words = {"loss": "the loss", "margin": "the margin of output", "label": "output “0”", 1: "output “1”"}
     assert words[target] in texts(figure)[-1] or any(words[target] in text for text in texts(figure))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_when_half_was_made_is_told_as_closely_as_it_is_known(sign: int, tmp_path: Path) -> None:
+    found = explained((5,), tmp_path / "run")
+    assert found.timeline.steps.tolist() == [0, 4, 8, 12]
+    amounts = torch.tensor([1.0, 5.0, -4.0, 3.0, 1.0])[:, None].expand(5, 2) * sign  # runs to 0, 1, 6, 2, 5, 6
+    totals = {name: torch.zeros(5, 2) for name in found.timeline.totals} | {"contributions": amounts}
+    for steps, when in (
+        ([0, 45, 90, 135, 180, 1500], "between steps 135 and 180 of 1,500"),
+        (list(range(6)), "by step 4 of 5"),
+    ):
+        line = dataclasses.replace(found.timeline, steps=torch.tensor(steps), totals=totals)
+        figure = plot_explanation(dataclasses.replace(found, timeline=line))
+        assert f"Half-way was reached {when}" in texts(figure)
+        assert not overlaps(figure)
 
 
 def test_weight_decay_has_its_own_line(tmp_path: Path) -> None:

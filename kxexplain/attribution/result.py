@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -173,12 +175,14 @@ class Explanation:
         """The k largest positive and negative contributions of every query.
 
         Raises:
-            ArgumentError: k below 1, or all outputs were explained (choose one with :meth:`of_output`).
+            ArgumentError: k is no whole number of at least 1, or all outputs were explained (choose one with
+                :meth:`of_output`).
         """
         if self.all_outputs:
             raise ArgumentError("all outputs were explained; rank one of them: explanation.of_output(c).top(k)")
+        k = _whole(k, "k")
         if k < 1:
-            raise ArgumentError(f"got k={k}; expected at least 1")
+            raise ArgumentError(f"got k={k}; expected a whole number of at least 1")
         k = min(k, self.contributions.shape[1])
         most, least = self.contributions.topk(k, dim=1), self.contributions.topk(k, dim=1, largest=False)
         return Ranking(most.indices, most.values, least.indices, least.values)
@@ -186,8 +190,11 @@ class Explanation:
     def table(self, query: int = 0, k: int = 5) -> Table:
         """One query's bill as a table with a running total, from baseline to prediction.
 
+        A regularizer, buffers or unattributed amount below 1e-5 of the larger of |baseline| and |prediction| has no
+        line of its own: it is added to the remainder's. The attributes of these names hold each as it is.
+
         Raises:
-            ArgumentError: there is no such query.
+            ArgumentError: there is no such query, or k is no whole number of at least 1.
         """
         one = self._one(query)
         ranked = one.top(k)
@@ -235,12 +242,12 @@ class Explanation:
         """One query's bill as text: :meth:`table`, drawn.
 
         Raises:
-            ArgumentError: there is no such query.
+            ArgumentError: there is no such query, or k is no whole number of at least 1.
         """
         with open(os.devnull, "w") as nowhere:
             console = Console(width=78, file=nowhere, record=True, force_jupyter=False)
             console.print(self.table(query, k))
-            return console.export_text().rstrip()
+            return "\n".join(line.rstrip() for line in console.export_text().splitlines()).rstrip()
 
     def __str__(self) -> str:
         shown = min(3, len(self))
@@ -287,9 +294,11 @@ class Explanation:
         """Write everything but the dataset to one safetensors file; written whole or not at all.
 
         Raises:
-            TrajectoryError: the folder cannot be written to.
+            TrajectoryError: the folder cannot be written to, or the path is a folder itself.
         """
         target = Path(path)
+        if target.is_dir():
+            raise TrajectoryError(f"{target} is a folder; give the name of a file to write the explanation to")
         tensors = {name: getattr(self, name) for name in (*LINES, "path_kernel", "output", "labels")}
         tensors |= {
             f"timeline.{name}": getattr(self.timeline, name) for name in ("steps", "examples", "bins", "shares")
@@ -303,7 +312,12 @@ class Explanation:
             save_file(kept, unfinished, {"format": FORMAT, "facts": json.dumps(self.facts)})
             os.replace(unfinished, target)
         except (OSError, SafetensorError) as error:
-            raise TrajectoryError(f"{target} cannot be written: {error}; choose a folder that exists") from error
+            raise TrajectoryError(
+                f"{target} cannot be written: {error}; give the name of a file in a folder that can be written to"
+            ) from error
+        finally:
+            with suppress(OSError):
+                unfinished.unlink()
         return target
 
     @classmethod
@@ -341,8 +355,8 @@ class Explanation:
         )
 
     def _one(self, query: int) -> Explanation:
-        if not -len(self) <= query < len(self):
-            raise ArgumentError(f"query {query} was asked for, but there are {len(self)}")
+        if not -len(self) <= _whole(query, "query") < len(self):
+            raise ArgumentError(f"query {query} was asked for, but there are {len(self)}; give 0 to {len(self) - 1}")
         return self.of_output(int(self.prediction[query].argmax())) if self.all_outputs else self
 
     def _title(self, query: int) -> str:
@@ -392,6 +406,14 @@ def _misfit(tensors: dict[str, Tensor]) -> str | None:
     if bool(((examples < 0) | (examples >= sizes["n"])).any()):
         return f"timeline.examples that are not among the {sizes['n']} examples"
     return None
+
+
+def _whole(value: Any, name: str) -> int:
+    """A whole number, of whatever type."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"got {name}={value!r}; expected a whole number") from None
 
 
 def _norm(blocks: Tensor) -> Tensor:

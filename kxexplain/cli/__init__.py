@@ -28,7 +28,7 @@ HELP = """Why a trained PyTorch model predicts what it predicts: a bill over the
     kxexplain explain runs/mine --queries 0,5,9 --out runs/mine-why
 
 Every command has --json: one JSON document on stdout and nothing else. Exit codes: 0 done, 1 failed with a message on
-stderr, 2 wrong usage.
+stderr, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 app = typer.Typer(

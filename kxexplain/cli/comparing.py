@@ -34,12 +34,14 @@ def command(
     opened = OpenRun.open(run, model, data)
     if kernel not in ("path", "tangent"):
         raise typer.BadParameter(f"{kernel!r} is neither path nor tangent", param_hint="--kernel")
+    if out is not None:
+        folder(out)
     comparison = compare_svm(
         opened.trajectory, opened.model, opened.data.train, opened.data.test,
         C=c, limit=limit, kernel="path" if kernel == "path" else "tangent", seed=seed,
     )  # fmt: skip
     files = []
     if out is not None:
-        files.append(folder(out) / "comparison.png")
+        files.append(out / "comparison.png")
         comparison.plot(files[0], classes=opened.data.classes)
     emit(json, {**comparison.summary(), "files": files}, comparison.table(), *(f"wrote {file}" for file in files))

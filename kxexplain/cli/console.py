@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from kxexplain.errors import KxError
+from kxexplain.errors import KxError, TrajectoryError
 
 Run = Annotated[Path, typer.Argument(help="Folder of a recorded training.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -31,7 +32,7 @@ Target = Annotated[str, typer.Option("--target", help="An output's number, predi
 
 
 class Commands(TyperGroup):
-    """A group of commands whose expected errors become one line on stderr and exit code 1."""
+    """A group of commands whose expected errors become one line on stderr and exit code 1; Ctrl-C ends with 130."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -42,6 +43,9 @@ class Commands(TyperGroup):
         except (KxError, OSError) as error:
             typer.echo("kxexplain: " + " ".join(str(error).split()), err=True)
             raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            typer.echo("kxexplain: stopped", err=True)
+            raise typer.Exit(130) from None
 
 
 def emit(as_json: bool, values: Mapping[str, Any], *shown: Any) -> None:
@@ -82,6 +86,10 @@ def numbers(text: str, count: int) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise typer.BadParameter(f"{text!r}: expected numbers such as 0,5,9 or 0-4", param_hint="--queries")
+        if dash and int(last) < int(first):
+            raise typer.BadParameter(
+                f"{text!r}: {first}-{last} goes backward; give {last}-{first}", param_hint="--queries"
+            )
         found.extend(range(int(first), int(last if dash else first) + 1))
     if not found or max(found) >= count:
         raise typer.BadParameter(f"{text!r}: there are examples 0 to {count - 1}", param_hint="--queries")
@@ -93,7 +101,19 @@ def target_of(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdecimal() else text
 
 
-def folder(path: Path) -> Path:
-    """The folder, made if it is not there."""
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def folder(path: Path, option: str = "--out") -> Path:
+    """The folder, made if it is not there; called before work begins, so that its results can be kept.
+
+    Raises:
+        TrajectoryError: it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except FileExistsError as error:
+        raise TrajectoryError(f"{option} {path} is a file; give a folder") from error
+    except OSError as error:
+        raise TrajectoryError(
+            f"{option} {path} cannot be written to: {error}; give a folder that can be made or written to"
+        ) from error

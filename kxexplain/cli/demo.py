@@ -51,6 +51,7 @@ def command(
         kxexplain demo --out runs/demo && kxexplain verify runs/demo/run
     """
     _check_folder(out)
+    folder(out)
     console = Console(quiet=json, highlight=False)
     with one_thread():
         summary = run(out, console, epochs=epochs, seed=seed, progress=not json)
@@ -164,7 +165,7 @@ def _train(model: nn.Module, data: NamedData, out: Path, *, epochs: int, seed: i
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     trajectory = train(
         model, data.train, "cross_entropy", optimizer, epochs=epochs, batch_size=BATCH, seed=seed,
-        out=folder(out) / "run", overwrite=True, progress=progress,
+        out=out / "run", overwrite=True, progress=progress,
     )  # fmt: skip
     remember(trajectory.path, Specs(DEFAULT_MODEL, DEFAULT_DATA))
     return trajectory

@@ -21,6 +21,9 @@ def command(
     target: Target = "predicted",
     k: Annotated[int, typer.Option("-k", "--top", min=1, help="Proponents and opponents to show.")] = 6,
     stride: Annotated[int | None, typer.Option(help="Steps per segment; by default one per state.")] = None,
+    decay: Annotated[
+        str, typer.Option(help="Weight decay: a line of the bill, or charged to the updates that it erodes.")
+    ] = "line",
     memory: Annotated[str, typer.Option(help="Memory for intermediate values.")] = "1GB",
     out: Out = None,
     model: Model = None,
@@ -36,17 +39,23 @@ def command(
 
         kxexplain explain runs/digits --queries 0,5,9 --out why
         kxexplain explain runs/digits --queries 0-20 --target margin --json > bills.json
+        kxexplain explain runs/digits --decay charged
         kxexplain explain runs/mine --target label --model mine:model --data mine:data
     """
+    if decay not in ("line", "charged"):
+        raise typer.BadParameter(f"{decay!r} is neither line nor charged", param_hint="--decay")
     opened = OpenRun.open(run, model, data)
     chosen = numbers(queries, len(opened.data.test))
+    if out is not None:
+        folder(out)
     explanation = explain(
         opened.trajectory, opened.model, opened.data.train, Subset(opened.data.test, chosen), target_of(target),
-        stride=stride, memory=memory, kernel=False, progress=not json,
+        stride=stride, decay=decay, memory=memory, kernel=False, progress=not json,
     )  # fmt: skip
     files = [] if out is None else write(explanation, out, chosen, opened.data, k=k)
     values = {
         **explanation.facts,
+        "decay": decay,
         "queries": [bill(explanation, at, number, k=k) for at, number in enumerate(chosen)],
         "files": files,
     }
@@ -58,7 +67,7 @@ def command(
 
 def write(explanation: Explanation, out: Path, chosen: list[int], data: NamedData, *, k: int = 6) -> list[Path]:
     """A picture for every query, and the explanation itself."""
-    files = [explanation.save(folder(out) / "explanation.safetensors")]
+    files = [explanation.save(out / "explanation.safetensors")]
     for at, number in enumerate(chosen):
         file = out / f"query-{number}.png"
         plot_explanation(explanation, at, k=k, name=f"test example {number}", **data.looks).savefig(file)

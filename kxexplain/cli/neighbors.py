@@ -38,10 +38,14 @@ def command(
     """
     opened = OpenRun.open(run, model, data)
     chosen = numbers(queries, len(opened.data.test))
+    if out is not None:
+        folder(out)
     parts = (opened.trajectory, opened.model, opened.data.train)
     if index is not None and index.is_dir() and any(index.iterdir()):
         found_index = GradientIndex.load(index, *parts)
     else:
+        if index is not None:
+            folder(index, "--index")
         found_index = GradientIndex.build(*parts, dim=dim, seed=seed)
         if index is not None:
             found_index.save(index)
@@ -58,7 +62,7 @@ def draw(found: Neighbors, out: Path, chosen: list[int], data: NamedData) -> lis
     """A picture for every query."""
     files = []
     for at, number in enumerate(chosen):
-        files.append(folder(out) / f"neighbors-{number}.png")
+        files.append(out / f"neighbors-{number}.png")
         name = f"test example {number}"
         plot_neighbors(found, found.dataset, found.queries, at, name=name, **data.looks).savefig(files[-1])
     return files

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +25,10 @@ from kxexplain.cli.specs import (
     resolve,
 )
 from kxexplain.datasets import NAMES
-from kxexplain.errors import ArgumentError, TrainingError
+from kxexplain.errors import ArgumentError, TrainingError, TrajectoryError
 from kxexplain.learning.trainer import MakeOptimizer, train
 from kxexplain.trajectory import LOSSES, Trajectory, call, fetch, outputs_2d
+from kxexplain.trajectory.store import MANIFEST, is_trajectory
 
 DATA = (
     f"One of {', '.join(NAMES)}, or package.module:function giving a dataset or a pair (train, test). "
@@ -56,7 +58,7 @@ def command(
 ) -> None:
     """Train a model and record how, so that its predictions can be explained.
 
-    Ctrl-C leaves a good trajectory; the same command with --resume goes on to the same result.
+    Ctrl-C leaves a good trajectory, once training has begun; the same command with --resume goes on to the same result.
 
     A user's own functions take no arguments and are found from the present folder. They are remembered in the run
     for later commands, which call them without being told only if this user trained the run (a key in the
@@ -68,27 +70,48 @@ def command(
         kxexplain train --data mnist5k --model mlp-128-64 --epochs 15 --batch-size 64 --out runs/mnist
         kxexplain train --model mine:model --data mine:data --optimizer adamw --lr 1e-3 --keep 200MB --out runs/mine
     """
-    if resume and recall(out)[0] is not None:
-        specs = resolve(out, model, data)
-    else:
-        specs = Specs(model or DEFAULT_MODEL, data or DEFAULT_DATA)
+    if resume and overwrite:
+        raise typer.BadParameter("give --resume or --overwrite, not both")
+    if is_trajectory(out) and not (resume or overwrite):
+        raise TrajectoryError(
+            f"{out} already holds a trajectory; go on with it by --resume, replace it by --overwrite, "
+            "or give a new folder"
+        )
+    known = resume and recall(out)[0] is not None
+    specs = resolve(out, model, data) if known else Specs(model or DEFAULT_MODEL, data or DEFAULT_DATA)
     built = build_data(specs.data)
     network = build_model(specs.model, built, seed)
     maker = make_optimizer(optimizer, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    begun = _recording_since(out, resume=resume)
     try:
         trajectory = train(
             network, built.train, loss, maker, epochs=epochs, batch_size=batch_size, seed=seed, out=out,
             keep=int(keep) if keep.isdecimal() else keep, resume=resume, overwrite=overwrite, progress=not json,
         )  # fmt: skip
     except (KeyboardInterrupt, TrainingError) as error:
-        remember(out, specs)
+        recorded = begun()
+        if recorded and not known:
+            remember(out, specs)
         if isinstance(error, TrainingError):
             raise
-        typer.echo(f"kxexplain: stopped; go on with the same command and --resume, into {out}", err=True)
+        advice = f"go on with the same command and --resume, into {out}" if recorded else "nothing was recorded"
+        typer.echo(f"kxexplain: stopped; {advice}", err=True)
         raise typer.Exit(130) from None
     remember(out, specs)
     facts = _facts(trajectory, network.eval(), built)
     emit(json, facts, _table(facts), f"Next: kxexplain explain {out} --queries 0,1,2 --out {out}-why")
+
+
+def _recording_since(out: Path, *, resume: bool) -> Callable[[], bool]:
+    """A function that says whether this call's recording has begun in the folder, and not only an older one's."""
+
+    def written() -> int | None:
+        with suppress(OSError):
+            return (out / MANIFEST).stat().st_mtime_ns
+        return None
+
+    before = written()
+    return lambda: is_trajectory(out) and (resume or written() != before)
 
 
 def make_optimizer(name: str, options: Mapping[str, float]) -> MakeOptimizer:

@@ -15,7 +15,11 @@ STYLES = {"regularizer": "--", "buffers": ":", "unattributed": "-."}
 
 
 def draw_course(axes: Axes, explanation: Explanation, query: int) -> None:
-    """The bill's running total over training, and the other lines' where they can be seen."""
+    """The bill's running total over training, and the other lines' where they can be seen.
+
+    At recorded states of plain SGD that is the model's output. An optimiser with a memory goes on moving the parameters
+    by a gradient after its step; all of that stands where the gradient was put in, so the two agree at the end only.
+    """
     line = explanation.timeline
     steps = line.steps.tolist()
     cumulative = {
@@ -27,7 +31,7 @@ def draw_course(axes: Axes, explanation: Explanation, query: int) -> None:
     places = max(0, decimals(float(np.abs(running).max())) - 1)
     axes.axhline(0, color=FAINT, linewidth=1)
     axes.fill_between(steps, running[0], running, color=UP, alpha=0.10, linewidth=0)
-    axes.plot(steps, running, color=INK, linewidth=1.8, label="the model's output")
+    axes.plot(steps, running, color=INK, linewidth=1.8, label="running total of the bill")
     for name, style in STYLES.items():
         if name in cumulative and np.abs(cumulative[name]).max() > 0.005 * span:
             axes.plot(steps, cumulative[name], style, color=OTHER, linewidth=1.4, label=NAMES[name])
@@ -46,13 +50,20 @@ def draw_course(axes: Axes, explanation: Explanation, query: int) -> None:
 
 
 def _course_title(steps: list[int], running: np.ndarray) -> str:
-    """When half of the change had come about, for good."""
+    """Between which states half of the change was put in; where the half was passed more than once, the last time.
+
+    >>> _course_title([0, 90, 135], np.array([0.0, 1.0, 4.0]))
+    'Half-way was reached between steps 90 and 135 of 135'
+    >>> _course_title([0, 1, 2], np.array([0.0, 2.0, 2.5]))
+    'Half-way was reached by step 1 of 2'
+    """
     change = running[-1] - running[0]
-    if len(steps) < 3 or change == 0:
-        return "The output over training"
+    if len(steps) < 3 or change == 0 or not np.isfinite(running).all():
+        return "The bill over training"
     behind = np.flatnonzero((running - running[0]) / change < 0.5)
-    half = steps[min(int(behind[-1]) + 1, len(steps) - 1)]
-    return f"Half of the change was made, for good, by step {half:,} of {steps[-1]:,}"
+    before, after = steps[int(behind[-1])], steps[int(behind[-1]) + 1]
+    when = f"by step {after:,}" if after == before + 1 else f"between steps {before:,} and {after:,}"
+    return f"Half-way was reached {when} of {steps[-1]:,}"
 
 
 def draw_shares(axes: Axes, explanation: Explanation, query: int, gallery: Gallery) -> None:

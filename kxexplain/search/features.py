@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from kxexplain.attribution.decompose import progress_bar
+from kxexplain.attribution.decompose import progress_bar, remembers
 from kxexplain.attribution.queries import QuerySide, moving_names
 from kxexplain.attribution.targets import resolve_target
 from kxexplain.attribution.walk import Movement, Segment, Updates, Walk, bounds
@@ -28,6 +28,7 @@ from kxexplain.gradients.factors import Dense
 from kxexplain.gradients.projection import Projection
 from kxexplain.shapes import Examples
 from kxexplain.trajectory import Replayer, Trajectory, fetch, split
+from kxexplain.trajectory.records import OptimizerRecord
 
 
 def projection_for(trajectory: Trajectory, dim: int, *, seed: int = 0) -> Projection:
@@ -75,19 +76,28 @@ def update_features(
     Raises:
         ModelError: not the recorded architecture.
         DatasetError: not the recorded examples.
-        ArgumentError: the optimiser's steps cannot be itemised over examples.
+        ArgumentError: an optimiser other than SGD without momentum.
         ReplayError: the log does not lead to the recorded states.
     """
     optimizer = trajectory.manifest.optimizer
     if split(optimizer, trajectory.steps[0]) is None:
+        instead = ", or ask kx.explain, which itemises this one" if remembers(trajectory, "line") else ""
         raise ArgumentError(
-            f"how {optimizer.name} turns gradients into steps is not itemised, so there are no examples' updates to "
-            "index; train with torch.optim.SGD without momentum"
+            f"the trajectory's optimiser is {_described(optimizer)}, but the index takes SGD without momentum (and "
+            "without maximize) only, whose every step is the sum of its own examples' updates; train with "
+            f"torch.optim.SGD(..., momentum=0){instead}"
         )
     with Replayer(trajectory, model, dataset) as replayer, progress_bar(progress, len(trajectory)) as tick:
         visitor = UpdateFeatures(projection, trajectory.manifest.dataset.count)
         Walk(replayer, tick=tick).visit(visitor)
     return visitor.features
+
+
+def _described(optimizer: OptimizerRecord) -> str:
+    """An optimiser's name, and for SGD what makes it another than the plain one."""
+    options = [group.options for group in optimizer.groups]
+    found = [name for name in ("momentum", "maximize") if any(o.get(name) for o in options)]
+    return optimizer.name + (f" with {' and '.join(found)}" if optimizer.name == "SGD" and found else "")
 
 
 def recorded_segments(trajectory: Trajectory, device: torch.device) -> Iterator[Segment]:

@@ -110,7 +110,8 @@ class GradientIndex:
         Raises:
             ModelError: not the recorded architecture.
             DatasetError: not the recorded examples.
-            ArgumentError: dim below 16, an index FAISS cannot make, no steps, or an optimiser not itemised.
+            ArgumentError: dim below 16, an index FAISS cannot make, no steps, or an optimiser
+                other than SGD without momentum.
             ReplayError: the log does not lead to the recorded states.
         """
         trajectory.check_model(model)

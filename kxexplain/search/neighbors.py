@@ -102,7 +102,7 @@ class Neighbors:
             console.print(self.table(query))
         if len(self) > shown:
             console.print(f"… and {len(self) - shown} more queries: print(neighbors.table(i))")
-        return console.export_text().rstrip()
+        return "\n".join(line.rstrip() for line in console.export_text().splitlines()).rstrip()
 
     def __repr__(self) -> str:
         facts = ", ".join(f"{name}={value!r}" for name, value in self.facts.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 from pathlib import Path
@@ -45,8 +46,12 @@ def test_top_ranks_by_value(explanation: kx.Explanation) -> None:
         assert torch.equal(ranking.opponent_values[query], row[ordered[::-1][:4]])
     assert explanation.top(100).proponents.shape == (5, 14)
     for wrong in (0, -1):
-        with pytest.raises(kx.ArgumentError):
+        with pytest.raises(kx.ArgumentError, match="expected a whole number"):
             explanation.top(wrong)
+    unchecked = inspect.unwrap(kx.Explanation.top)  # types are checked in tests, but not at a user's
+    for wrong in ("a", 2.5, None):
+        with pytest.raises(kx.ArgumentError, match="expected a whole number"):
+            unchecked(explanation, wrong)
 
 
 def amounts(text: str) -> tuple[list[float], list[float], float]:
@@ -88,6 +93,7 @@ def test_print(explanation: kx.Explanation, everything: kx.Explanation) -> None:
     assert "buffers" not in text
     assert amounts(text)[1]
     assert max(len(line) for line in text.splitlines()) <= 78
+    assert all(line == line.rstrip() for line in text.splitlines())
     assert "5 queries × 14 examples" in repr(explanation)
     assert "prediction" in str(everything)
 
@@ -162,6 +168,36 @@ def test_files_that_are_no_explanation(explanation: kx.Explanation, tmp_path: Pa
         kx.Explanation.load(tmp_path)
     with pytest.raises(kx.TrajectoryError):
         explanation.save(tmp_path / "no folder" / "file")
+
+
+def test_a_folder_is_no_file_to_save_to(explanation: kx.Explanation, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(kx.TrajectoryError, match="is a folder"):
+        explanation.save(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir() if "folder" in path.name] == ["folder"]
+
+
+def test_a_failed_save_leaves_nothing(
+    explanation: kx.Explanation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = set(tmp_path.iterdir())
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(kx.TrajectoryError, match="No space left"):
+        explanation.save(tmp_path / "file")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_what_is_rounding_is_printed_with_the_remainder(explanation: kx.Explanation) -> None:
+    tiny, large = (
+        dataclasses.replace(explanation, unattributed=torch.full((5,), amount), remainder=torch.zeros(5))
+        for amount in (1e-8, 0.1)
+    )
+    assert "unattributed" not in tiny.bill()
+    assert re.search(r"remainder \(rounding\) +│ \+1\.0e-08", tiny.bill())
+    assert re.search(r"unattributed +│ +\+0\.1000", large.bill())
 
 
 def test_foreign_but_well_formed_files(explanation: kx.Explanation, tmp_path: Path) -> None:

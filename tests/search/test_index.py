@@ -151,6 +151,7 @@ def test_printing_tells_what_was_found(index: GradientIndex, digits: Trained) ->
     assert f"{int(found.proponents.ids[0, 0])} (label {label})" in text
     assert "contribution" in text
     assert "9 more queries" in text
+    assert all(line == line.rstrip() for line in text.splitlines())
     assert "420 examples × 1024" in repr(index)
     assert "12 queries × 2" in repr(found)
     with pytest.raises(ArgumentError, match="there are 12"):
@@ -203,8 +204,12 @@ def test_unknown_optimiser_and_huge_updates(digits: Trained, tmp_path: Path) -> 
     trajectory = kx.train(
         model, digits.data, optimizer=momentum, epochs=1, batch_size=64, out=tmp_path / "a", progress=False
     )
-    with pytest.raises(ArgumentError, match="not itemised"):
+    with pytest.raises(ArgumentError, match=r"is SGD with momentum, but .* SGD without momentum .* kx\.explain"):
         GradientIndex.build(trajectory, model, digits.data)
+    rprop = torch.optim.Rprop(model.parameters())
+    other = kx.train(model, digits.data, optimizer=rprop, epochs=1, batch_size=210, out=tmp_path / "c", progress=False)
+    with pytest.raises(ArgumentError, match=r"is Rprop, but .* momentum=0\)$"):
+        GradientIndex.build(other, model, digits.data)
     data = TensorDataset(torch.full((2, 1), 1e25, dtype=torch.float64), torch.full((2,), 1e20, dtype=torch.float64))
     wide = nn.Linear(1, 1).double()
     sgd = torch.optim.SGD(wide.parameters(), lr=1e-3)
