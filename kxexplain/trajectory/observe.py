@@ -168,11 +168,7 @@ class Observer:
             self._forward_hook = None
 
     def _before_forward(self) -> None:
-        if torch.is_autocast_enabled(self.device.type):
-            raise TrainingError(
-                "the model is called under autocast, which replay cannot repeat; train in one "
-                "precision, for instance model.to(torch.bfloat16)"
-            )
+        check_precision(self.device)
         self._started = rng.capture(self.device)
         if self._has_buffers and self._buffers is None and not self.pending:
             self._buffers = {name: b.clone() for name, b in self.model.named_buffers()}
@@ -187,12 +183,21 @@ class Observer:
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the gradient at step {self.step} is not finite ({norm}); the parameters were "
-                "left as they are and the trajectory up to here is good. Lower the learning rate, "
-                "or check the inputs"
+                "left as they are, and the trajectory is good up to its last state. Lower the "
+                "learning rate, or check the inputs"
             )
         self.norm = norm
         self.rates = rates(self.optimizer)
         self.pending = True
+
+
+def check_precision(device: torch.device) -> None:
+    """``TrainingError`` under autocast."""
+    if torch.is_autocast_enabled(device.type):
+        raise TrainingError(
+            "the model is called under autocast, which replay cannot repeat; train in one "
+            "precision, for instance model.to(torch.bfloat16)"
+        )
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> float:

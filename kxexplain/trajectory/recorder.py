@@ -22,7 +22,7 @@ from kxexplain.trajectory.observe import Observer
 from kxexplain.trajectory.records import Manifest
 from kxexplain.trajectory.sameness import check_same
 from kxexplain.trajectory.states import capture_state, encode, finite, load_model, load_optimizer, owned
-from kxexplain.trajectory.store import Row, Writer, is_trajectory, prepare
+from kxexplain.trajectory.store import Row, Writer, check_free, folder, is_trajectory, prepare
 from kxexplain.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
@@ -50,8 +50,10 @@ def record(
     ``keep`` says which states to keep: "step", "epoch", a number of steps, or a size like "200MB".
     ``seed`` is only noted. With ``resume`` a run that was interrupted goes on: model, optimiser and random generators
     are set to its last state, and the loop continues with batch number ``recorder.position``; where ``out`` holds no
-    run yet, one begins. Everything is checked before a file is written: ``ModelError``,
-    ``DatasetError``, ``ArgumentError``, or ``TrajectoryError`` if ``out`` cannot be used.
+    run yet, one begins. A learning-rate scheduler of the loop's own is not recorded, and the loop must restore it
+    itself. Everything is checked at the call: ``ModelError``, ``DatasetError``, ``ArgumentError``, or
+    ``TrajectoryError`` if ``out`` cannot be used. Files are written, or with ``overwrite`` removed, on entering the
+    ``with`` block.
 
     >>> import tempfile
     >>> from torch.utils.data import TensorDataset
@@ -71,12 +73,12 @@ def record(
     """
     if resume and overwrite:
         raise ArgumentError("resume=True and overwrite=True exclude each other; choose one")
-    policy = keeping.parse(keep)
+    path, policy = folder(out), keeping.parse(keep)
     manifest = describe(model, optimizer, loss, dataset, keep=keep, reduction=reduction, seed=seed)
     check_budget(policy, model)
-    recorder = Recorder(model, optimizer, manifest, policy, path=Path(out), loss=loss)
-    if resume and is_trajectory(Path(out)):
-        old = Trajectory.open(out, loss if callable(loss) else None)
+    recorder = Recorder(model, optimizer, manifest, policy, path=path, loss=loss, overwrite=overwrite)
+    if resume and is_trajectory(path):
+        old = Trajectory.open(path, loss if callable(loss) else None)
         old.check_model(model)
         check_same(old.manifest, manifest, stepped=True)
         state = old.state(len(old))
@@ -84,7 +86,7 @@ def record(
         load_optimizer(state, optimizer, old.manifest.optimizer)
         recorder.resume(old)
     else:
-        prepare(Path(out), overwrite=overwrite)
+        check_free(path, overwrite=overwrite)
     return recorder
 
 
@@ -100,8 +102,10 @@ class Recorder:
         *,
         path: Path,
         loss: str | LossFunction,
+        overwrite: bool = False,
     ) -> None:
         self.path = path
+        self._overwrite = overwrite
         self.manifest = manifest
         self.extra: Callable[[], dict[str, Any]] = dict
         """Gives JSON-able values to store in every state; the trainer keeps its scheduler there."""
@@ -145,6 +149,7 @@ class Recorder:
             raise TrainingError("a recorder records one run; call record() again")
         observer = Observer(self._model, self._optimizer)
         if self._resumed is None:
+            prepare(self.path, overwrite=self._overwrite)
             self._writer = Writer.create(self.path, self.manifest.to_json())
         else:
             self._writer = self._reopen(self._resumed, observer)

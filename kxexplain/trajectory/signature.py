@@ -28,7 +28,8 @@ def describe_model(model: nn.Module) -> ModelSignature:
     ``ModelError`` if it has nothing to train or parameters without a shape yet.
     """
     if not isinstance(model, nn.Module):
-        raise ModelError(f"got a {type(model).__name__} as model, expected a torch.nn.Module")
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ModelError(f"got {got} as model, expected a torch.nn.Module; build it and pass the object")
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ModelError(f"parameter {lazy[0]!r} has no shape yet; call the model once first")

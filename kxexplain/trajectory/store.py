@@ -15,11 +15,12 @@ import sqlite3
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kxexplain.errors import TrajectoryError
+from kxexplain.errors import ArgumentError, TrajectoryError
 from kxexplain.trajectory.records import StateRecord
 from kxexplain.trajectory.rng import RngState
 
@@ -90,12 +91,20 @@ def is_trajectory(path: Path) -> bool:
         return False
 
 
-def prepare(path: Path, *, overwrite: bool) -> None:
-    """Check that ``path`` can take a new trajectory; with ``overwrite`` clear an old one.
+def folder(out: str | PathLike[str]) -> Path:
+    """``out`` as a path; ``ArgumentError`` if it is none.
 
-    Only files that belong to a trajectory are removed. ``TrajectoryError`` if the folder has other
-    contents, or cannot be written.
+    >>> folder("runs/one").name
+    'one'
     """
+    try:
+        return Path(out)
+    except TypeError as error:
+        raise ArgumentError(f"out is {out!r}, expected the path of a folder, like 'runs/first'") from error
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """``TrajectoryError`` unless ``path`` can take a new trajectory; nothing is changed."""
     with storage(path):
         if path.exists() and not path.is_dir():
             raise TrajectoryError(f"{path} is a file; give a folder for the trajectory")
@@ -104,8 +113,22 @@ def prepare(path: Path, *, overwrite: bool) -> None:
                 what = "a trajectory" if is_trajectory(path) else "files that are no trajectory"
                 hint = "overwrite=True" if is_trajectory(path) and not overwrite else "a new folder"
                 raise TrajectoryError(f"{path} already holds {what}; give {hint}")
+
+
+def prepare(path: Path, *, overwrite: bool) -> None:
+    """Make the folder ``path`` ready for a new trajectory; with ``overwrite`` clear an old one.
+
+    Only files that belong to a trajectory are removed. ``TrajectoryError`` if the folder has other
+    contents, or cannot be written.
+    """
+    check_free(path, overwrite=overwrite)
+    with storage(path):
+        if path.is_dir():
             _clear(path)
-        (path / STATES).mkdir(parents=True, exist_ok=True)
+        try:
+            (path / STATES).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrajectoryError(f"the folder {path} cannot be made: {error}; give one that can be written") from error
 
 
 def _clear(path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from kxexplain.errors import ArgumentError, DatasetError, ModelError, TrainingError, TrajectoryError
 from kxexplain.learning.interrupts import interrupts
@@ -149,7 +149,8 @@ def interrupted(out, case, data, after, **options):
     settings = {"epochs": 3, "batch_size": 4, "seed": 3, **options}
     probe = type(data)(*data.tensors)
     Probe.count(probe, lambda: train_probe(probe))
-    data.left = Probe.served + after
+    tried = 0 if (out / "manifest.json").exists() else 6  # one batch of four, one of two
+    data.left = Probe.served + tried + after
     with pytest.raises(KeyboardInterrupt):
         train(model, data, case.loss, optimizer, scheduler=scheduler, out=out, **settings)
     data.left = -1
@@ -333,6 +334,103 @@ def test_an_occupied_folder(tmp_path):
         run(tmp_path, CASES["mlp"])
     again, _ = run(tmp_path, CASES["mlp"], overwrite=True, epochs=1)
     assert len(again) == 6
+
+
+def stray(n=22, label=3, at=21):
+    """Examples of which one, late in the dataset, has a class that the model lacks."""
+    data = examples(n)
+    data.tensors[1][at] = label
+    return data
+
+
+def scalar(outputs, targets):
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+def one_too_wide():
+    return TensorDataset(torch.zeros(22, 7), torch.zeros(22, dtype=torch.int64))
+
+
+def infinite():
+    return TensorDataset(torch.full((22, 6), float("inf")), torch.zeros(22, dtype=torch.int64))
+
+
+FIRST_STEP = {
+    "class": (lambda: {"dataset": stray()}, DatasetError, "example 21 is of class 3.*0 to 2"),
+    "negative class": (lambda: {"dataset": stray(label=-1, at=4)}, DatasetError, "example 4 is of class -1"),
+    "class below a subset": (
+        lambda: {"dataset": Subset(stray(), list(range(2, 22)))},
+        DatasetError,
+        "example 19 is of class 3",
+    ),
+    "hinge": (lambda: {"dataset": stray(), "loss": "hinge"}, DatasetError, "example 21 is of class 3"),
+    "width": (lambda: {"dataset": one_too_wide()}, ModelError, "fails on a batch.*7"),
+    "scalar loss": (lambda: {"loss": scalar}, ArgumentError, "one loss per example"),
+    "failing loss": (lambda: {"loss": lambda outputs, targets: outputs @ outputs}, ArgumentError, "loss function"),
+    "mse": (lambda: {"loss": "mse"}, ArgumentError, "do not fit outputs"),
+    "targets": (lambda: {"dataset": examples(loss="mse").tensors[:1] * 2}, DatasetError, "pair"),
+    "not finite": (lambda: {"dataset": infinite()}, TrainingError, "nothing was written"),
+    "last batch": (
+        lambda: {"model": CASES["batch norm"].model(), "optimizer": None, "batch_size": 21},
+        ModelError,
+        "more than 1 value",
+    ),
+    "optimizer": (
+        lambda: {"optimizer": torch.optim.SparseAdam},
+        ArgumentError,
+        "SparseAdam fails on the first step",
+    ),
+}
+
+
+@pytest.mark.parametrize("before", ["nothing", "a run"])
+@pytest.mark.parametrize(("options", "error", "words"), FIRST_STEP.values(), ids=FIRST_STEP.keys())
+def test_a_run_that_cannot_begin_costs_nothing(tmp_path, options, error, words, before):
+    out = tmp_path / "run"
+    if before == "a run":
+        run(out, CASES["mlp"])
+    values = build_with(**options())
+    weights, generator = named(values["model"]), torch.get_rng_state()
+    with pytest.raises(error, match=words):
+        train(**values, out=out, overwrite=before == "a run")
+    assert_same(named(values["model"]), weights)
+    assert all(p.grad is None for p in values["model"].parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+    if before == "a run":
+        Trajectory.open(out).check_files()
+        assert len(Trajectory.open(out)) == 18
+    else:
+        assert not out.exists()
+
+
+def test_trying_leaves_buffers_and_generators(tmp_path, monkeypatch):
+    values = build_with(model=CASES["batch norm"].model(), optimizer=None)
+    weights, generator = named(values["model"]), torch.get_rng_state()
+    monkeypatch.setattr("kxexplain.learning.trainer._Run.train", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(**values, out=tmp_path / "run")
+    assert_same(named(values["model"]), weights)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_positions_that_cross_entropy_ignores(tmp_path):
+    assert len(train(**build_with(dataset=stray(label=-100)), out=tmp_path)) == 1
+
+
+def test_a_failure_in_the_middle(tmp_path):
+    calls = []
+
+    def loss(outputs, targets):
+        calls.append(1)
+        if len(calls) > 10:
+            raise ZeroDivisionError("division by zero")
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    model, optimizer, _ = build(CASES["mlp"])
+    with pytest.raises(TrainingError, match=r"step 8 failed: ZeroDivisionError.*good up to its last state"):
+        train(model, examples(), loss, optimizer, epochs=3, batch_size=4, out=tmp_path)
+    assert len(Trajectory.open(tmp_path)) == 8
+    Trajectory.open(tmp_path).check_files()
 
 
 def test_in_a_thread(tmp_path):

@@ -360,6 +360,20 @@ class TestFolder:
             recorder.step([0, 1])
         return recorder.trajectory
 
+    @pytest.mark.parametrize("option", ["overwrite", "resume"])
+    def test_nothing_is_written_before_the_block(self, tmp_path, option):
+        model, optimizer, _ = build(CASES["mlp"])
+        for _ in range(2):
+            record(model, optimizer, "cross_entropy", DATA, out=tmp_path / "run", **{option: True})
+        assert not (tmp_path / "run").exists()
+        self.record(tmp_path / "run")
+        for _ in range(2):
+            recorder = record(model, optimizer, "cross_entropy", DATA, out=tmp_path / "run", **{option: True})
+            assert len(Trajectory.open(tmp_path / "run")) == 1
+        with recorder:
+            assert recorder.position == (option == "resume")
+        assert len(recorder.trajectory) == (option == "resume")
+
     def test_foreign_folders_are_left_alone(self, tmp_path):
         (tmp_path / "thesis.txt").write_text("years")
         for overwrite in (False, True):
