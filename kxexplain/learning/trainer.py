@@ -146,8 +146,11 @@ class _Run:
         """Take over the last recorded state; whether the run was finished already."""
         self.start, total = len(old), self.epochs * self.batches
         if self.start > total:
+            whole, rest = divmod(self.start, self.batches)
+            more = f" and {rest} of {self.batches} steps of the next" if rest else ""
             raise ArgumentError(
-                f"epochs: {self.epochs} asked for, but the run already has {self.start / self.batches:g}"
+                f"epochs: {self.epochs} asked for, but the run already has {whole}{more}; ask for at least "
+                f"{whole + bool(rest)}"
             )
         state = old.state(self.start)
         load_model(state, self.model)
@@ -244,11 +247,16 @@ def _permutation(examples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(examples, generator=torch.Generator().manual_seed(int(mixed)))
 
 
-def _optimizer(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> Optimizer:
+def _optimizer(given: Any, model: nn.Module) -> Optimizer:
     if isinstance(given, Optimizer):
         return given
     if given is None:
         return torch.optim.SGD(model.parameters(), lr=0.1)
+    if not callable(given):
+        raise ArgumentError(
+            f"optimizer is {given!r}, expected an optimizer of torch.optim, or a function that makes one from "
+            "parameters, like lambda p: torch.optim.SGD(p, lr=0.1)"
+        )
     made = given(model.parameters())
     if not isinstance(made, Optimizer):
         raise ArgumentError(f"optimizer= returned a {type(made).__name__}, expected an optimizer of torch.optim")
@@ -262,10 +270,12 @@ def _check_numbers(**numbers: int) -> None:
             raise ArgumentError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
-def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> str | None:
+def _check_scheduler(scheduler: Any, optimizer: Optimizer) -> str | None:
     """The scheduler's name for the manifest; its state must fit into a recorded state."""
     if scheduler is None:
         return None
+    if not isinstance(scheduler, LRScheduler):
+        raise ArgumentError(f"scheduler is {scheduler!r}, expected one of torch.optim.lr_scheduler")
     if scheduler.optimizer is not optimizer:
         raise ArgumentError("the scheduler belongs to another optimizer; build it from this one")
     try:

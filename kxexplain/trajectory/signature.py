@@ -22,7 +22,7 @@ UNREPLAYABLE = {"LBFGS"}
 """Optimisers of torch that evaluate the loss themselves, several times a step."""
 
 
-def describe_model(model: nn.Module) -> ModelSignature:
+def describe_model(model: Any) -> ModelSignature:
     """Names, shapes and dtypes of a model's parameters and buffers; tied ones appear once.
 
     ``ModelError`` if it has nothing to train or parameters without a shape yet.

@@ -17,7 +17,18 @@ from kxexplain.errors import ArgumentError, DatasetError, ModelError, TrainingEr
 from kxexplain.learning.interrupts import interrupts
 from kxexplain.learning.trainer import train
 from kxexplain.trajectory import Replayer, Trajectory, record
-from tests.trajectory.runs import CASES, Case, assert_same, build, examples, named, parameters_of, plain_loop, sgd
+from tests.trajectory.runs import (
+    CASES,
+    Case,
+    assert_same,
+    build,
+    examples,
+    named,
+    parameters_of,
+    plain_loop,
+    sgd,
+    unchecked,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -309,6 +320,15 @@ WRONG = {
     "empty": (lambda: {"dataset": TensorDataset(torch.zeros(0, 6), torch.zeros(0))}, DatasetError, "empty"),
     "frozen": (lambda: {"model": CASES["mlp"].model().requires_grad_(False)}, ModelError, "no trainable"),
     "other model": (lambda: {"model": CASES["mlp"].model()}, ArgumentError, "not the model's"),
+    "nothing to train": (lambda: {"model": nn.ReLU(), "optimizer": None}, ModelError, "ReLU has no trainable"),
+    "a class": (lambda: {"model": nn.Linear, "optimizer": None}, ModelError, "the class Linear"),
+    "loader": (
+        lambda: {"dataset": torch.utils.data.DataLoader(examples())},
+        DatasetError,
+        r"a DataLoader cannot .*loader\.dataset",
+    ),
+    "optimizer": (lambda: {"optimizer": "sgd"}, ArgumentError, "optimizer is 'sgd'"),
+    "no scheduler": (lambda: {"scheduler": "cosine"}, ArgumentError, "scheduler is 'cosine'"),
     "scheduler": (lambda: {"scheduler": Counts}, ArgumentError, "cannot be recorded"),
     "scheduler of another": (
         lambda: {"scheduler": lambda _: CASES["steps"].scheduler(sgd()(CASES["mlp"].model().parameters()))},
@@ -321,11 +341,32 @@ WRONG = {
 @pytest.mark.parametrize(("options", "error", "words"), WRONG.values(), ids=WRONG.keys())
 def test_errors_come_before_work(tmp_path, options, error, words):
     values = build_with(**options())
-    before = named(values["model"])
+    built = isinstance(values["model"], nn.Module)
+    before = named(values["model"]) if built else {}
     with pytest.raises(error, match=words):
-        train(**values, out=tmp_path)
+        unchecked(train)(**values, out=tmp_path)
     assert not any(tmp_path.iterdir())
-    assert_same(named(values["model"]), before)
+    assert_same(named(values["model"]) if built else {}, before)
+
+
+@pytest.mark.parametrize("out", [None, 7])
+def test_no_folder(out):
+    with pytest.raises(ArgumentError, match=f"out is {out}"):
+        unchecked(train)(**build_with(), out=out)
+
+
+def test_fewer_epochs_than_there_are(tmp_path):
+    data = Interrupting(*examples().tensors)
+    interrupted(tmp_path, CASES["mlp"], data, 31)
+    with pytest.raises(ArgumentError, match="already has 1 and 2 of 6 steps of the next; ask for at least 2"):
+        run(tmp_path, CASES["mlp"], data, epochs=1, resume=True)
+
+
+def test_a_leap_leaves_what_the_message_says(tmp_path):
+    with pytest.raises(TrainingError, match="good up to its last state"):
+        run(tmp_path, Case(optimizer=sgd(lr=1e38)))
+    assert len(Trajectory.open(tmp_path)) in (0, 1)
+    Trajectory.open(tmp_path).check_files()
 
 
 def test_an_occupied_folder(tmp_path):
