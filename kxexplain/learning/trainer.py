@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,10 @@ from kxexplain.trajectory.describe import check_budget, describe
 from kxexplain.trajectory.forward import assign, forward, gradients
 from kxexplain.trajectory.losses import resolve
 from kxexplain.trajectory.sameness import check_same
+from kxexplain.trajectory.signature import describe_model
 from kxexplain.trajectory.states import load_model, load_optimizer
-from kxexplain.trajectory.store import is_trajectory, prepare
+from kxexplain.trajectory.store import check_free, folder, is_trajectory
+from kxexplain.trajectory.trial import rehearse
 
 Optimizer = torch.optim.Optimizer
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -71,9 +72,10 @@ def train(
         progress: show a bar with loss and rate, if this is a terminal.
 
     Ctrl-C finishes the step, saves the state and raises ``KeyboardInterrupt``. A loss or gradient
-    that is not finite raises ``TrainingError``; in both cases ``out`` holds a good trajectory up to
-    there. ``ModelError``, ``DatasetError``, ``ArgumentError`` and ``TrajectoryError`` come before
-    any work.
+    that is not finite, or a step that fails, raises ``TrainingError``; in both cases ``out`` holds a
+    trajectory that is good up to its last state. ``ModelError``, ``DatasetError``, ``ArgumentError``
+    and ``TrajectoryError`` come before any work: a step on the first batch is tried with a copy of
+    the model before ``out`` is touched.
 
     >>> import tempfile
     >>> from torch.utils.data import TensorDataset
@@ -85,7 +87,8 @@ def train(
     _check_numbers(epochs=epochs, batch_size=batch_size, seed=seed)
     if resume and overwrite:
         raise ArgumentError("resume=True and overwrite=True exclude each other; choose one")
-    policy = keeping.parse(keep)
+    path, policy = folder(out), keeping.parse(keep)
+    describe_model(model)
     check_budget(policy, model)
     ready = _optimizer(optimizer, model)
     settings = {"loop": "train", "epochs": epochs, "batch_size": batch_size}
@@ -95,16 +98,17 @@ def train(
             model, ready, loss, dataset,
             keep=keep, reduction="mean", seed=seed, settings=settings,
         )  # fmt: skip
-        recorder = Recorder(model, ready, manifest, policy, path=Path(out), loss=loss)
+        recorder = Recorder(model, ready, manifest, policy, path=path, loss=loss, overwrite=overwrite)
         run = _Run(model, ready, scheduler, recorder, dataset=dataset, loss=resolve(loss)[1])
-        if resume and is_trajectory(Path(out)):
-            old = Trajectory.open(out, loss if callable(loss) else None)
+        if resume and is_trajectory(path):
+            old = Trajectory.open(path, loss if callable(loss) else None)
             old.check_model(model)
             check_same(old.manifest, manifest, stepped=scheduler is not None)
             if run.restore(old):
                 return old
         else:
-            prepare(Path(out), overwrite=overwrite)
+            check_free(path, overwrite=overwrite)
+            rehearse(model, manifest, dataset, run.sizes(), run.loss)
         run.train(progress=progress)
     return recorder.trajectory
 
@@ -142,8 +146,11 @@ class _Run:
         """Take over the last recorded state; whether the run was finished already."""
         self.start, total = len(old), self.epochs * self.batches
         if self.start > total:
+            whole, rest = divmod(self.start, self.batches)
+            more = f" and {rest} of {self.batches} steps of the next" if rest else ""
             raise ArgumentError(
-                f"epochs: {self.epochs} asked for, but the run already has {self.start / self.batches:g}"
+                f"epochs: {self.epochs} asked for, but the run already has {whole}{more}; ask for at least "
+                f"{whole + bool(rest)}"
             )
         state = old.state(self.start)
         load_model(state, self.model)
@@ -163,6 +170,11 @@ class _Run:
                 self._end_epoch()
         self.recorder.resume(old)
         return False
+
+    def sizes(self) -> list[Tensor]:
+        """One batch of each size: the first, and the first epoch's last if that is smaller."""
+        batches = torch.split(_permutation(self.examples, self.seed, 0), self.batch_size)
+        return [batches[0], *batches[1:][-1:]] if self.examples % self.batch_size else [batches[0]]
 
     def train(self, *, progress: bool) -> None:
         """All steps that are left to do."""
@@ -189,18 +201,31 @@ class _Run:
         return iter(torch.split(order, self.batch_size)[done:])
 
     def _step(self, indices: Tensor, epoch: int) -> None:
+        try:
+            value = self._advance(indices)
+        except TrainingError:
+            raise
+        except Exception as error:
+            raise TrainingError(
+                f"step {self.recorder.position} failed: {type(error).__name__}: {error}; training stopped there, and "
+                "the trajectory is good up to its last state. Mend the cause and go on with resume=True"
+            ) from error
+        self.losses.append(value)
+        self.recorder.step(indices, value, epoch=epoch)
+
+    def _advance(self, indices: Tensor) -> float:
+        """Make a step; returns its loss."""
         inputs, targets = fetch(self.dataset, indices, self.device)
         result = forward(self.model, inputs, targets, loss=self.loss, reduction="mean")
         value = result.total.item()
         if not math.isfinite(value):
             raise TrainingError(
-                f"the loss at step {self.recorder.position} is {value}; training stopped there, "
-                "and the trajectory up to it is good. Lower the learning rate, or check the data"
+                f"the loss at step {self.recorder.position} is {value}; training stopped there, and the trajectory is "
+                "good up to its last state. Lower the learning rate, or check the data"
             )
         assign(self.parameters, gradients(result.total, self.parameters)[0])
         self.optimizer.step()
-        self.losses.append(value)
-        self.recorder.step(indices, value, epoch=epoch)
+        return value
 
     def _end_epoch(self) -> None:
         if isinstance(self.scheduler, ReduceLROnPlateau):
@@ -222,11 +247,16 @@ def _permutation(examples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(examples, generator=torch.Generator().manual_seed(int(mixed)))
 
 
-def _optimizer(given: Optimizer | MakeOptimizer | None, model: nn.Module) -> Optimizer:
+def _optimizer(given: Any, model: nn.Module) -> Optimizer:
     if isinstance(given, Optimizer):
         return given
     if given is None:
         return torch.optim.SGD(model.parameters(), lr=0.1)
+    if not callable(given):
+        raise ArgumentError(
+            f"optimizer is {given!r}, expected an optimizer of torch.optim, or a function that makes one from "
+            "parameters, like lambda p: torch.optim.SGD(p, lr=0.1)"
+        )
     made = given(model.parameters())
     if not isinstance(made, Optimizer):
         raise ArgumentError(f"optimizer= returned a {type(made).__name__}, expected an optimizer of torch.optim")
@@ -240,10 +270,12 @@ def _check_numbers(**numbers: int) -> None:
             raise ArgumentError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
-def _check_scheduler(scheduler: LRScheduler | None, optimizer: Optimizer) -> str | None:
+def _check_scheduler(scheduler: Any, optimizer: Optimizer) -> str | None:
     """The scheduler's name for the manifest; its state must fit into a recorded state."""
     if scheduler is None:
         return None
+    if not isinstance(scheduler, LRScheduler):
+        raise ArgumentError(f"scheduler is {scheduler!r}, expected one of torch.optim.lr_scheduler")
     if scheduler.optimizer is not optimizer:
         raise ArgumentError("the scheduler belongs to another optimizer; build it from this one")
     try:

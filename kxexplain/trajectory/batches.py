@@ -49,6 +49,18 @@ def fetch(dataset: Any, indices: Indices, device: torch.device | str | None = No
         ) from error
 
 
+def all_targets(dataset: Any) -> Tensor | None:
+    """Every target of a ``TensorDataset``, also below ``Subset``; ``None`` of any other dataset, which must be fetched.
+
+    >>> all_targets(TensorDataset(torch.zeros(3, 2), torch.tensor([0, 1, 0])))
+    tensor([0, 1, 0])
+    """
+    if type(dataset) is Subset:
+        below = all_targets(dataset.dataset)
+        return None if below is None else below[torch.as_tensor(dataset.indices, dtype=torch.int64)]
+    return dataset.tensors[1] if type(dataset) is TensorDataset and len(dataset.tensors) == 2 else None
+
+
 def call(model: nn.Module, inputs: Inputs) -> Tensor:
     """``model(inputs)``; a tuple becomes positional and a dict keyword arguments.
 
@@ -148,6 +160,12 @@ def size(dataset: Any) -> int:
             f"a {type(dataset).__name__} has no length; expected a map-style dataset, whose "
             "examples can be asked for by index"
         ) from error
+    if not hasattr(dataset, "__getitem__"):
+        hint = "; give its dataset: loader.dataset" if hasattr(dataset, "dataset") else ""
+        raise DatasetError(
+            f"the examples of a {type(dataset).__name__} cannot be asked for by index, as those of a map-style dataset "
+            f"can{hint}"
+        )
     if total == 0:
         raise DatasetError("the dataset is empty; give at least one example")
     return total

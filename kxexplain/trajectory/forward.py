@@ -40,9 +40,10 @@ def private_copy(model: nn.Module) -> nn.Module:
     }
     try:
         private = copy.deepcopy(model, kept)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ModelError(
-            f"the model cannot be copied ({error}); build it afresh instead of passing one that has just been called"
+            f"the model cannot be copied ({error}); build it afresh instead of passing one that has just been called, "
+            "and without attributes that copy.deepcopy refuses"
         ) from error
     private.zero_grad(set_to_none=True)
     return private

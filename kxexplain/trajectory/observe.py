@@ -21,6 +21,9 @@ from kxexplain.trajectory.states import rates
 RATES = ("params", "lr", "initial_lr")
 """Options of a parameter group that may change while training goes on."""
 
+WIDE = frozenset({torch.float32, torch.float64})
+"""Types in which a sum of squares neither overflows nor loses its digits."""
+
 QUIET = 16
 """After so many steps that drew no random number, forward passes are no longer looked at."""
 
@@ -168,11 +171,7 @@ class Observer:
             self._forward_hook = None
 
     def _before_forward(self) -> None:
-        if torch.is_autocast_enabled(self.device.type):
-            raise TrainingError(
-                "the model is called under autocast, which replay cannot repeat; train in one "
-                "precision, for instance model.to(torch.bfloat16)"
-            )
+        check_precision(self.device)
         self._started = rng.capture(self.device)
         if self._has_buffers and self._buffers is None and not self.pending:
             self._buffers = {name: b.clone() for name, b in self.model.named_buffers()}
@@ -187,12 +186,21 @@ class Observer:
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the gradient at step {self.step} is not finite ({norm}); the parameters were "
-                "left as they are and the trajectory up to here is good. Lower the learning rate, "
-                "or check the inputs"
+                "left as they are, and the trajectory is good up to its last state. Lower the "
+                "learning rate, or check the inputs"
             )
         self.norm = norm
         self.rates = rates(self.optimizer)
         self.pending = True
+
+
+def check_precision(device: torch.device) -> None:
+    """``TrainingError`` under autocast."""
+    if torch.is_autocast_enabled(device.type):
+        raise TrainingError(
+            "the model is called under autocast, which replay cannot repeat; train in one "
+            "precision, for instance model.to(torch.bfloat16)"
+        )
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> float:
@@ -203,8 +211,11 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
     """
     if not gradients:
         return 0.0
-    try:  # this runs in every step of somebody's loop: NumPy's product has the least around it
-        return math.sqrt(sum([float(np.vdot(g, g)) for g in [g.numpy() for g in gradients]]))
-    except (TypeError, RuntimeError):  # another device, sparse, a type that NumPy lacks, part of a graph
-        dense = [g.detach().coalesce().values() if g.is_sparse else g.detach() for g in gradients]
-        return float(torch.nn.utils.get_total_norm(dense))
+    if WIDE.issuperset([g.dtype for g in gradients]):
+        try:  # this runs in every step of somebody's loop: NumPy's product has the least around it
+            return math.sqrt(sum([float(np.vdot(g, g)) for g in [g.numpy() for g in gradients]]))
+        except (TypeError, RuntimeError):  # another device, sparse, part of a graph
+            pass
+    dense = [g.detach().coalesce().values() if g.is_sparse else g.detach() for g in gradients]
+    halves = (torch.float16, torch.bfloat16)
+    return float(torch.nn.utils.get_total_norm([g.float() if g.dtype in halves else g for g in dense]))

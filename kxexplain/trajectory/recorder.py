@@ -16,16 +16,20 @@ from torch import Tensor, nn
 from kxexplain.errors import ArgumentError, KxError, TrainingError
 from kxexplain.trajectory import keep as keeping
 from kxexplain.trajectory import rng
+from kxexplain.trajectory.deferral import Deferral
 from kxexplain.trajectory.describe import check_budget, describe
 from kxexplain.trajectory.losses import LossFunction
 from kxexplain.trajectory.observe import Observer
 from kxexplain.trajectory.records import Manifest
 from kxexplain.trajectory.sameness import check_same
-from kxexplain.trajectory.states import capture_state, encode, finite, load_model, load_optimizer, owned
-from kxexplain.trajectory.store import Row, Writer, is_trajectory, prepare
+from kxexplain.trajectory.states import State, capture_state, encode, finite, load_model, load_optimizer, owned
+from kxexplain.trajectory.store import Row, Writer, check_free, folder, is_trajectory, prepare
 from kxexplain.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
+
+PLUS, ONE = 1, 1.0
+"""The factors of a gradient that the loop leaves as it is."""
 
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
@@ -50,8 +54,10 @@ def record(
     ``keep`` says which states to keep: "step", "epoch", a number of steps, or a size like "200MB".
     ``seed`` is only noted. With ``resume`` a run that was interrupted goes on: model, optimiser and random generators
     are set to its last state, and the loop continues with batch number ``recorder.position``; where ``out`` holds no
-    run yet, one begins. Everything is checked before a file is written: ``ModelError``,
-    ``DatasetError``, ``ArgumentError``, or ``TrajectoryError`` if ``out`` cannot be used.
+    run yet, one begins. A learning-rate scheduler of the loop's own is not recorded, and the loop must restore it
+    itself. Everything is checked at the call: ``ModelError``, ``DatasetError``, ``ArgumentError``, or
+    ``TrajectoryError`` if ``out`` cannot be used. Files are written, or with ``overwrite`` removed, on entering the
+    ``with`` block.
 
     >>> import tempfile
     >>> from torch.utils.data import TensorDataset
@@ -71,12 +77,12 @@ def record(
     """
     if resume and overwrite:
         raise ArgumentError("resume=True and overwrite=True exclude each other; choose one")
-    policy = keeping.parse(keep)
+    path, policy = folder(out), keeping.parse(keep)
     manifest = describe(model, optimizer, loss, dataset, keep=keep, reduction=reduction, seed=seed)
     check_budget(policy, model)
-    recorder = Recorder(model, optimizer, manifest, policy, path=Path(out), loss=loss)
-    if resume and is_trajectory(Path(out)):
-        old = Trajectory.open(out, loss if callable(loss) else None)
+    recorder = Recorder(model, optimizer, manifest, policy, path=path, loss=loss, overwrite=overwrite)
+    if resume and is_trajectory(path):
+        old = Trajectory.open(path, loss if callable(loss) else None)
         old.check_model(model)
         check_same(old.manifest, manifest, stepped=True)
         state = old.state(len(old))
@@ -84,7 +90,7 @@ def record(
         load_optimizer(state, optimizer, old.manifest.optimizer)
         recorder.resume(old)
     else:
-        prepare(Path(out), overwrite=overwrite)
+        check_free(path, overwrite=overwrite)
     return recorder
 
 
@@ -100,8 +106,10 @@ class Recorder:
         *,
         path: Path,
         loss: str | LossFunction,
+        overwrite: bool = False,
     ) -> None:
         self.path = path
+        self._overwrite = overwrite
         self.manifest = manifest
         self.extra: Callable[[], dict[str, Any]] = dict
         """Gives JSON-able values to store in every state; the trainer keeps its scheduler there."""
@@ -115,6 +123,7 @@ class Recorder:
         self._observer: Observer | None = None
         self._writer: Writer | None = None
         self._done: Trajectory | None = None
+        self._deferral = Deferral()
 
     @property
     def position(self) -> int:
@@ -143,23 +152,44 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if self._observer is not None:
             raise TrainingError("a recorder records one run; call record() again")
-        observer = Observer(self._model, self._optimizer)
-        if self._resumed is None:
-            self._writer = Writer.create(self.path, self.manifest.to_json())
-        else:
-            self._writer = self._reopen(self._resumed, observer)
-        self._observer = observer
-        self._stack.enter_context(observer.attached())
+        self._deferral.busy = True
+        self._deferral.begin()
         try:
-            if self._resumed is None:
-                self._save(kept=True)
+            self._begin()
+            self._deferral.busy = False
+            self._deferral.deliver()
         except BaseException:
             self._stack.close()
-            self._writer.close()
+            try:
+                if self._writer is not None:
+                    self._writer.close()
+            finally:
+                self._writer = None
+                self._deferral.end()
             raise
         return self
 
+    def _begin(self) -> None:
+        observer = Observer(self._model, self._optimizer)
+        self._observer = observer
+        if self._resumed is None:
+            self._capture()  # weights that cannot be recorded are refused before an old run is removed
+            prepare(self.path, overwrite=self._overwrite)
+            self._writer = Writer.create(self.path, self.manifest.to_json())
+        else:
+            self._writer = self._reopen(self._resumed, observer)
+        self._stack.enter_context(observer.attached())
+        if self._resumed is None:
+            self._save(kept=True)
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._deferral.busy = True
+        try:
+            self._end(error)
+        finally:
+            self._deferral.end()
+
+    def _end(self, error: BaseException | None) -> None:
         observer, writer = _entered(self._observer), _entered(self._writer)
         self._stack.close()
         unlogged = observer.pending
@@ -185,8 +215,8 @@ class Recorder:
         loss: float | Tensor | None = None,
         *,
         epoch: int | None = None,
-        sign: int = 1,
-        clip: float = 1.0,
+        sign: int = PLUS,
+        clip: float = ONE,
     ) -> None:
         """Log the step that the optimiser has just made.
 
@@ -194,12 +224,35 @@ class Recorder:
         the dataset has were used; where ``epoch`` numbers are given, also when a new one begins
         (its first step included). ``sign`` and ``clip`` are factors that the loop has multiplied
         the gradient by. ``TrainingError`` if there was no optimiser step to log, or the loss is not
-        finite; ``ArgumentError`` for indices that are no examples.
+        finite; ``ArgumentError`` for indices that are no examples, an epoch below zero, a loss that is
+        no number, a sign other than 1 and -1, and a clip that is not finite or negative. A Ctrl-C
+        that comes meanwhile takes effect when the step is logged.
         """
+        self._deferral.busy = True
+        try:
+            self._log(indices, loss, epoch, sign, clip)
+        finally:
+            self._deferral.busy = False
+            if self._deferral.noted:
+                self._deferral.deliver()
+
+    def _log(
+        self,
+        indices: Any,
+        loss: Any,
+        epoch: Any,
+        sign: Any,
+        clip: Any,
+    ) -> None:
+        """:meth:`step`, which may have been given anything."""
         observer, writer = _entered(self._observer), _entered(self._writer)
         observer.check_one_step()
         batch = _checked(indices, self.manifest.dataset.count)
         value = math.nan if loss is None else _number(loss)
+        if epoch is not None:
+            epoch = _epoch(epoch)
+        if sign is not PLUS or clip is not ONE:
+            sign, clip = _factors(sign, clip)
         if loss is not None and not math.isfinite(value):
             raise TrainingError(
                 f"the loss at step {observer.step} is {value}; training stopped, and the "
@@ -227,22 +280,27 @@ class Recorder:
 
     def _save(self, *, kept: bool) -> None:
         observer, writer = _entered(self._observer), _entered(self._writer)
+        settled = owned(self._capture())
+        writer.put_state(observer.step, lambda: encode(settled), kept=kept)
+        observer.saved()
+
+    def _capture(self) -> State:
+        """The present state; ``TrainingError`` if it is not finite."""
+        observer = _entered(self._observer)
         state = capture_state(
             observer.step,
             self._model,
             self._optimizer,
             rng=observer.rng,
             buffers=observer.buffers(),
-            extra=self.extra(),
+            extra={**self.extra(), "epoch": self._epoch, "seen": self._seen},
         )
         if not finite(state):
             raise TrainingError(
                 f"a parameter is not finite after {observer.step} steps; the trajectory is good up "
                 f"to its last state. Lower the learning rate, or check the initial weights"
             )
-        settled = owned(state)
-        writer.put_state(observer.step, lambda: encode(settled), kept=kept)
-        observer.saved()
+        return state
 
     def _thin(self) -> None:
         """Double the stride until the states fit the budget, or only first and last are left."""
@@ -265,10 +323,14 @@ class Recorder:
 
     def _reopen(self, trajectory: Trajectory, observer: Observer) -> Writer:
         position = len(trajectory)
-        generators = trajectory.state(position).rng_bytes
+        state = trajectory.state(position)
+        generators = state.rng_bytes
         rng.restore(generators, observer.device)
         observer.begin(position, generators)
-        if position:
+        epoch, seen = state.extra.get("epoch"), state.extra.get("seen")
+        if isinstance(epoch, int) and isinstance(seen, int):
+            self._epoch, self._seen = epoch, seen
+        elif position:  # recorded before states had their place in the epoch
             last = trajectory.steps[position - 1]
             self._epoch = last.epoch
             for step in reversed(trajectory.steps[-self.manifest.dataset.count :]):
@@ -280,10 +342,13 @@ class Recorder:
         return writer
 
 
-def _checked(indices: Sequence[int] | np.ndarray | Tensor, count: int) -> list[int]:
+def _checked(indices: Any, count: int) -> list[int]:
     """The indices as a list of at least one integer, each in [0, count)."""
     if not isinstance(indices, Tensor):
-        indices = np.asarray(indices)
+        try:
+            indices = np.asarray(indices)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentError(f"indices must be a list of dataset indices, got {indices!r}: {error}") from error
         integers = indices.dtype.kind in "iu"
     else:
         integers = indices.dtype in INTEGERS
@@ -301,8 +366,32 @@ def _checked(indices: Sequence[int] | np.ndarray | Tensor, count: int) -> list[i
     return values
 
 
-def _number(loss: float | Tensor) -> float:
-    return loss.item() if isinstance(loss, Tensor) else float(loss)
+def _number(value: Any, name: str = "loss") -> float:
+    """A number, or a tensor of one, as a float."""
+    try:
+        if isinstance(value, str):
+            raise TypeError("it is a string")
+        return float(value.item() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ArgumentError(f"{name} must be one number, got {got}: {error}") from error
+
+
+def _epoch(epoch: object) -> int:
+    """An epoch's number, which must fit into a column of the log."""
+    if not isinstance(epoch, int | np.integer) or isinstance(epoch, bool) or not 0 <= epoch < 2**63:
+        raise ArgumentError(f"epoch must be an integer >= 0, got {epoch!r}; number the epochs, or leave it out")
+    return int(epoch)
+
+
+def _factors(sign: object, clip: object) -> tuple[int, float]:
+    """What the loop multiplied the gradient by: 1 or -1, and a finite factor >= 0."""
+    direction, factor = _number(sign, "sign"), _number(clip, "clip")
+    if direction not in (1, -1):
+        raise ArgumentError(f"sign must be 1 or -1, got {sign!r}; give the size of a factor as clip")
+    if not (math.isfinite(factor) and factor >= 0):
+        raise ArgumentError(f"clip must be a finite factor >= 0, got {clip!r}; give its sign as sign")
+    return int(direction), factor
 
 
 def _entered(value: T | None) -> T:

@@ -22,13 +22,14 @@ UNREPLAYABLE = {"LBFGS"}
 """Optimisers of torch that evaluate the loss themselves, several times a step."""
 
 
-def describe_model(model: nn.Module) -> ModelSignature:
+def describe_model(model: Any) -> ModelSignature:
     """Names, shapes and dtypes of a model's parameters and buffers; tied ones appear once.
 
     ``ModelError`` if it has nothing to train or parameters without a shape yet.
     """
     if not isinstance(model, nn.Module):
-        raise ModelError(f"got a {type(model).__name__} as model, expected a torch.nn.Module")
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ModelError(f"got {got} as model, expected a torch.nn.Module; build it and pass the object")
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ModelError(f"parameter {lazy[0]!r} has no shape yet; call the model once first")

@@ -15,11 +15,11 @@ import sqlite3
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kxexplain.errors import TrajectoryError
+from kxexplain.errors import ArgumentError, TrajectoryError
 from kxexplain.trajectory.records import StateRecord
 from kxexplain.trajectory.rng import RngState
 
@@ -90,22 +90,43 @@ def is_trajectory(path: Path) -> bool:
         return False
 
 
+def folder(out: Any) -> Path:
+    """``out`` as a path; ``ArgumentError`` if it is none.
+
+    >>> folder("runs/one").name
+    'one'
+    """
+    try:
+        return Path(out)
+    except TypeError as error:
+        raise ArgumentError(f"out is {out!r}, expected the path of a folder, like 'runs/first'") from error
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """``TrajectoryError`` unless ``path`` can take a new trajectory; nothing is changed."""
+    with storage(path):
+        if path.exists() and not path.is_dir():
+            raise TrajectoryError(f"{path} is a file; give a folder for the trajectory")
+        if path.is_dir() and any(path.iterdir()) and not (overwrite and is_trajectory(path)):
+            what = "a trajectory" if is_trajectory(path) else "files that are no trajectory"
+            hint = "overwrite=True" if is_trajectory(path) and not overwrite else "a new folder"
+            raise TrajectoryError(f"{path} already holds {what}; give {hint}")
+
+
 def prepare(path: Path, *, overwrite: bool) -> None:
-    """Check that ``path`` can take a new trajectory; with ``overwrite`` clear an old one.
+    """Make the folder ``path`` ready for a new trajectory; with ``overwrite`` clear an old one.
 
     Only files that belong to a trajectory are removed. ``TrajectoryError`` if the folder has other
     contents, or cannot be written.
     """
+    check_free(path, overwrite=overwrite)
     with storage(path):
-        if path.exists() and not path.is_dir():
-            raise TrajectoryError(f"{path} is a file; give a folder for the trajectory")
-        if path.is_dir() and any(path.iterdir()):
-            if not (overwrite and is_trajectory(path)):
-                what = "a trajectory" if is_trajectory(path) else "files that are no trajectory"
-                hint = "overwrite=True" if is_trajectory(path) and not overwrite else "a new folder"
-                raise TrajectoryError(f"{path} already holds {what}; give {hint}")
+        if path.is_dir():
             _clear(path)
-        (path / STATES).mkdir(parents=True, exist_ok=True)
+        try:
+            (path / STATES).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrajectoryError(f"the folder {path} cannot be made: {error}; give one that can be written") from error
 
 
 def _clear(path: Path) -> None:
@@ -218,15 +239,16 @@ class Writer:
             self.settle()
         if not self._rows and not self._side:
             return
+        digest = self._digest.copy()  # a transaction that is rolled back must leave no trace
         with storage(self.path / LOG), self._transaction():
             rows = [row.columns() for row in self._rows]
             for row in rows:
-                self._digest.update(row_bytes(row))
+                digest.update(row_bytes(row))
             self._log.executemany("INSERT INTO steps VALUES (?,?,?,?,?,?,?,?)", rows)
-            self._log.execute(SET_FACT, (STEPS_DIGEST, self._digest.hexdigest()))
+            self._log.execute(SET_FACT, (STEPS_DIGEST, digest.hexdigest()))
             for statement, values in self._side:
                 self._log.execute(statement, values)
-        self._rows, self._side = [], []
+        self._digest, self._rows, self._side = digest, [], []
 
     def put_state(self, step: int, encode: Callable[[], bytes], *, kept: bool) -> None:
         """Write a state, encoded in the thread. One that is not ``kept`` is dropped when a later one is written."""
@@ -247,7 +269,9 @@ class Writer:
         """Wait for the state being written, then give it its row and drop those it replaces."""
         if self._writing is None:
             return
-        (job, kept), self._writing = self._writing, None
+        job, kept = self._writing
+        wait((job,))  # interrupted here, it is still the state being written
+        self._writing = None
         record = job.result()
         self.states[record.step] = record
         row = (record.step, record.sha256, record.bytes, int(kept))

@@ -174,7 +174,9 @@ class Trajectory:
         with storage(path):
             size = path.stat().st_size
         if size != record.bytes:
-            raise TrajectoryError(f"{path} is truncated: {size} bytes instead of {record.bytes}")
+            raise TrajectoryError(
+                f"{path} has {size} bytes instead of {record.bytes}; restore it from a copy, or record again"
+            )
 
     def _check_state(self, state: State, step: int) -> None:
         signature = self.manifest.model

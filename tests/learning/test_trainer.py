@@ -11,13 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from kxexplain.errors import ArgumentError, DatasetError, ModelError, TrainingError, TrajectoryError
 from kxexplain.learning.interrupts import interrupts
 from kxexplain.learning.trainer import train
 from kxexplain.trajectory import Replayer, Trajectory, record
-from tests.trajectory.runs import CASES, Case, assert_same, build, examples, named, parameters_of, plain_loop, sgd
+from tests.trajectory.runs import (
+    CASES,
+    Case,
+    assert_same,
+    build,
+    examples,
+    named,
+    parameters_of,
+    plain_loop,
+    sgd,
+    unchecked,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,7 +160,8 @@ def interrupted(out, case, data, after, **options):
     settings = {"epochs": 3, "batch_size": 4, "seed": 3, **options}
     probe = type(data)(*data.tensors)
     Probe.count(probe, lambda: train_probe(probe))
-    data.left = Probe.served + after
+    tried = 0 if (out / "manifest.json").exists() else 6  # one batch of four, one of two
+    data.left = Probe.served + tried + after
     with pytest.raises(KeyboardInterrupt):
         train(model, data, case.loss, optimizer, scheduler=scheduler, out=out, **settings)
     data.left = -1
@@ -308,6 +320,15 @@ WRONG = {
     "empty": (lambda: {"dataset": TensorDataset(torch.zeros(0, 6), torch.zeros(0))}, DatasetError, "empty"),
     "frozen": (lambda: {"model": CASES["mlp"].model().requires_grad_(False)}, ModelError, "no trainable"),
     "other model": (lambda: {"model": CASES["mlp"].model()}, ArgumentError, "not the model's"),
+    "nothing to train": (lambda: {"model": nn.ReLU(), "optimizer": None}, ModelError, "ReLU has no trainable"),
+    "a class": (lambda: {"model": nn.Linear, "optimizer": None}, ModelError, "the class Linear"),
+    "loader": (
+        lambda: {"dataset": torch.utils.data.DataLoader(examples())},
+        DatasetError,
+        r"a DataLoader cannot .*loader\.dataset",
+    ),
+    "optimizer": (lambda: {"optimizer": "sgd"}, ArgumentError, "optimizer is 'sgd'"),
+    "no scheduler": (lambda: {"scheduler": "cosine"}, ArgumentError, "scheduler is 'cosine'"),
     "scheduler": (lambda: {"scheduler": Counts}, ArgumentError, "cannot be recorded"),
     "scheduler of another": (
         lambda: {"scheduler": lambda _: CASES["steps"].scheduler(sgd()(CASES["mlp"].model().parameters()))},
@@ -320,11 +341,32 @@ WRONG = {
 @pytest.mark.parametrize(("options", "error", "words"), WRONG.values(), ids=WRONG.keys())
 def test_errors_come_before_work(tmp_path, options, error, words):
     values = build_with(**options())
-    before = named(values["model"])
+    built = isinstance(values["model"], nn.Module)
+    before = named(values["model"]) if built else {}
     with pytest.raises(error, match=words):
-        train(**values, out=tmp_path)
+        unchecked(train)(**values, out=tmp_path)
     assert not any(tmp_path.iterdir())
-    assert_same(named(values["model"]), before)
+    assert_same(named(values["model"]) if built else {}, before)
+
+
+@pytest.mark.parametrize("out", [None, 7])
+def test_no_folder(out):
+    with pytest.raises(ArgumentError, match=f"out is {out}"):
+        unchecked(train)(**build_with(), out=out)
+
+
+def test_fewer_epochs_than_there_are(tmp_path):
+    data = Interrupting(*examples().tensors)
+    interrupted(tmp_path, CASES["mlp"], data, 31)
+    with pytest.raises(ArgumentError, match="already has 1 and 2 of 6 steps of the next; ask for at least 2"):
+        run(tmp_path, CASES["mlp"], data, epochs=1, resume=True)
+
+
+def test_a_leap_leaves_what_the_message_says(tmp_path):
+    with pytest.raises(TrainingError, match="good up to its last state"):
+        run(tmp_path, Case(optimizer=sgd(lr=1e38)))
+    assert len(Trajectory.open(tmp_path)) in (0, 1)
+    Trajectory.open(tmp_path).check_files()
 
 
 def test_an_occupied_folder(tmp_path):
@@ -333,6 +375,103 @@ def test_an_occupied_folder(tmp_path):
         run(tmp_path, CASES["mlp"])
     again, _ = run(tmp_path, CASES["mlp"], overwrite=True, epochs=1)
     assert len(again) == 6
+
+
+def stray(n=22, label=3, at=21):
+    """Examples of which one, late in the dataset, has a class that the model lacks."""
+    data = examples(n)
+    data.tensors[1][at] = label
+    return data
+
+
+def scalar(outputs, targets):
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+def one_too_wide():
+    return TensorDataset(torch.zeros(22, 7), torch.zeros(22, dtype=torch.int64))
+
+
+def infinite():
+    return TensorDataset(torch.full((22, 6), float("inf")), torch.zeros(22, dtype=torch.int64))
+
+
+FIRST_STEP = {
+    "class": (lambda: {"dataset": stray()}, DatasetError, "example 21 is of class 3.*0 to 2"),
+    "negative class": (lambda: {"dataset": stray(label=-1, at=4)}, DatasetError, "example 4 is of class -1"),
+    "class below a subset": (
+        lambda: {"dataset": Subset(stray(), list(range(2, 22)))},
+        DatasetError,
+        "example 19 is of class 3",
+    ),
+    "hinge": (lambda: {"dataset": stray(), "loss": "hinge"}, DatasetError, "example 21 is of class 3"),
+    "width": (lambda: {"dataset": one_too_wide()}, ModelError, "fails on a batch.*7"),
+    "scalar loss": (lambda: {"loss": scalar}, ArgumentError, "one loss per example"),
+    "failing loss": (lambda: {"loss": lambda outputs, targets: outputs @ outputs}, ArgumentError, "loss function"),
+    "mse": (lambda: {"loss": "mse"}, ArgumentError, "do not fit outputs"),
+    "targets": (lambda: {"dataset": examples(loss="mse").tensors[:1] * 2}, DatasetError, "pair"),
+    "not finite": (lambda: {"dataset": infinite()}, TrainingError, "nothing was written"),
+    "last batch": (
+        lambda: {"model": CASES["batch norm"].model(), "optimizer": None, "batch_size": 21},
+        ModelError,
+        "more than 1 value",
+    ),
+    "optimizer": (
+        lambda: {"optimizer": torch.optim.SparseAdam},
+        ArgumentError,
+        "SparseAdam fails on the first step",
+    ),
+}
+
+
+@pytest.mark.parametrize("before", ["nothing", "a run"])
+@pytest.mark.parametrize(("options", "error", "words"), FIRST_STEP.values(), ids=FIRST_STEP.keys())
+def test_a_run_that_cannot_begin_costs_nothing(tmp_path, options, error, words, before):
+    out = tmp_path / "run"
+    if before == "a run":
+        run(out, CASES["mlp"])
+    values = build_with(**options())
+    weights, generator = named(values["model"]), torch.get_rng_state()
+    with pytest.raises(error, match=words):
+        train(**values, out=out, overwrite=before == "a run")
+    assert_same(named(values["model"]), weights)
+    assert all(p.grad is None for p in values["model"].parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+    if before == "a run":
+        Trajectory.open(out).check_files()
+        assert len(Trajectory.open(out)) == 18
+    else:
+        assert not out.exists()
+
+
+def test_trying_leaves_buffers_and_generators(tmp_path, monkeypatch):
+    values = build_with(model=CASES["batch norm"].model(), optimizer=None)
+    weights, generator = named(values["model"]), torch.get_rng_state()
+    monkeypatch.setattr("kxexplain.learning.trainer._Run.train", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(**values, out=tmp_path / "run")
+    assert_same(named(values["model"]), weights)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_positions_that_cross_entropy_ignores(tmp_path):
+    assert len(train(**build_with(dataset=stray(label=-100)), out=tmp_path)) == 1
+
+
+def test_a_failure_in_the_middle(tmp_path):
+    calls = []
+
+    def loss(outputs, targets):
+        calls.append(1)
+        if len(calls) > 10:
+            raise ZeroDivisionError("division by zero")
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    model, optimizer, _ = build(CASES["mlp"])
+    with pytest.raises(TrainingError, match=r"step 8 failed: ZeroDivisionError.*good up to its last state"):
+        train(model, examples(), loss, optimizer, epochs=3, batch_size=4, out=tmp_path)
+    assert len(Trajectory.open(tmp_path)) == 8
+    Trajectory.open(tmp_path).check_files()
 
 
 def test_in_a_thread(tmp_path):

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
+from concurrent.futures import wait
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,8 @@ from torch.utils.data import TensorDataset
 
 from kxexplain.errors import ArgumentError, DatasetError, ModelError, TrainingError, TrajectoryError
 from kxexplain.trajectory import Trajectory, record
+from kxexplain.trajectory.observe import gradient_norm
+from kxexplain.trajectory.store import Writer
 from tests.trajectory.runs import (
     CASES,
     Case,
@@ -21,6 +26,7 @@ from tests.trajectory.runs import (
     parameters_of,
     plain_loop,
     sgd,
+    unchecked,
 )
 
 DATA = examples()
@@ -166,6 +172,9 @@ class TestStepsPastTheRecorder:
     def log(self):
         self.recorder.step([0, 1])
 
+    def step(self, indices, **values):
+        unchecked(type(self.recorder).step)(self.recorder, indices, **values)
+
     def test_two_optimizer_steps(self, tmp_path):
         with pytest.raises(TrainingError, match="second optimizer"):
             recording(self.begin(tmp_path), self.train, self.log, self.train, self.train)
@@ -195,6 +204,40 @@ class TestStepsPastTheRecorder:
         with pytest.raises((ArgumentError, TypeError), match="indices"):
             recording(self.begin(tmp_path), self.train, lambda: self.recorder.step(indices))
         assert len(Trajectory.open(tmp_path)) == 0
+
+    @pytest.mark.parametrize(
+        ("values", "words"),
+        [
+            ({"epoch": "first"}, "epoch must be an integer"),
+            ({"epoch": -3}, "epoch must be an integer"),
+            ({"epoch": 1.5}, "epoch must be an integer"),
+            ({"epoch": True}, "epoch must be an integer"),
+            ({"epoch": 2**63}, "epoch must be an integer"),
+            ({"sign": 2.5}, "sign must be 1 or -1"),
+            ({"sign": 0}, "sign must be 1 or -1"),
+            ({"sign": "+"}, "sign must be one number"),
+            ({"clip": float("nan")}, "clip must be a finite factor"),
+            ({"clip": -0.5}, "clip must be a finite factor"),
+            ({"clip": "a"}, "clip must be one number"),
+            ({"loss": torch.zeros(2)}, r"loss must be one number, got a tensor of shape \(2,\)"),
+            ({"loss": "x"}, "loss must be one number, got 'x'"),
+            ({"loss": 1j}, "loss must be one number"),
+            ({"indices": [[1], [2, 3]]}, "indices must be a list"),
+        ],
+        ids=str,
+    )
+    def test_values_that_would_spoil_the_run(self, tmp_path, values, words):
+        with pytest.raises(ArgumentError, match=words):
+            recording(self.begin(tmp_path), self.train, lambda: self.step(**{"indices": [0, 1], **values}))
+        assert (len(Trajectory.open(tmp_path)), Trajectory.open(tmp_path).tail) == (0, 0)
+        Trajectory.open(tmp_path).check_files()
+
+    def test_factors_of_other_types(self, tmp_path):
+        recorder = self.begin(tmp_path)
+        values = {"sign": np.int64(-1), "clip": torch.tensor(0.5), "epoch": np.int64(4), "loss": torch.tensor([0.25])}
+        recording(recorder, self.train, lambda: self.step([0, 1], **values))
+        step = recorder.trajectory.steps[0]
+        assert (step.sign, step.clip, step.epoch, step.loss) == (-1, 0.5, 4, 0.25)
 
     def test_cycled_momentum(self, tmp_path):
         recorder = self.begin(tmp_path, lambda model: sgd(momentum=0.9)(model.parameters()))
@@ -242,6 +285,12 @@ class TestNotFinite:
                 optimizer.step()
                 recorder.step(range(5), loss)
         return passed
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_norm_of_large_gradients(self, dtype):
+        gradients = [torch.full((1000,), 31.8, dtype=dtype), torch.full((10, 100), 4000.0, dtype=dtype)]
+        expected = torch.cat([g.double().reshape(-1) for g in gradients]).norm().item()
+        assert gradient_norm(gradients) == pytest.approx(expected, rel=1e-6)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_gradient(self, tmp_path, value):
@@ -294,6 +343,7 @@ class TestNotFinite:
         model[0].bias.data.fill_(float("nan"))
         with pytest.raises(TrainingError, match="initial weights"), record(model, optimizer, "mse", DATA, out=tmp_path):
             pass
+        assert not any(tmp_path.iterdir())
         assert not optimizer._optimizer_step_pre_hooks
 
 
@@ -360,6 +410,20 @@ class TestFolder:
             recorder.step([0, 1])
         return recorder.trajectory
 
+    @pytest.mark.parametrize("option", ["overwrite", "resume"])
+    def test_nothing_is_written_before_the_block(self, tmp_path, option):
+        model, optimizer, _ = build(CASES["mlp"])
+        for _ in range(2):
+            record(model, optimizer, "cross_entropy", DATA, out=tmp_path / "run", **{option: True})
+        assert not (tmp_path / "run").exists()
+        self.record(tmp_path / "run")
+        for _ in range(2):
+            recorder = record(model, optimizer, "cross_entropy", DATA, out=tmp_path / "run", **{option: True})
+            assert len(Trajectory.open(tmp_path / "run")) == 1
+        with recorder:
+            assert recorder.position == (option == "resume")
+        assert len(recorder.trajectory) == (option == "resume")
+
     def test_foreign_folders_are_left_alone(self, tmp_path):
         (tmp_path / "thesis.txt").write_text("years")
         for overwrite in (False, True):
@@ -390,7 +454,7 @@ class TestFolder:
             self.record(tmp_path / "below")
 
     def test_device_that_refuses_files(self):
-        with pytest.raises(TrajectoryError):
+        with pytest.raises(TrajectoryError, match="cannot be made"):
             self.record("/proc/kxexplain")
 
 
@@ -437,3 +501,147 @@ def test_what_cannot_be_gone_on_with(tmp_path):
     options = {"out": tmp_path / "run", "resume": True, "keep": "step"}
     with pytest.raises(ModelError):
         record(other, sgd()(other.parameters()), "cross_entropy", DATA, **options)
+
+
+@pytest.mark.parametrize("stopped", [4, 6, 7, 9, 13, 17])
+def test_epochs_end_where_they_would_have(tmp_path, stopped):
+    """Batches of 5 of 16 examples: what an epoch leaves over counts for the next, after an interruption as well."""
+    data = examples(16)
+    batches = [[(start + i) % 16 for i in range(5)] for start in range(0, 100, 5)]
+
+    def loop(out, upto):
+        model, optimizer, _ = build(CASES["mlp"])
+        with record(model, optimizer, "cross_entropy", data, out=out, resume=True) as recorder:
+            for indices in batches[recorder.position : upto]:
+                one_step(model, optimizer, indices)
+                recorder.step(indices)
+        return recorder.trajectory
+
+    whole = loop(tmp_path / "whole", 20)
+    assert [state.step for state in whole.states] == [0, 4, 7, 10, 13, 16, 20]
+    loop(tmp_path / "parts", stopped)
+    parts = loop(tmp_path / "parts", 20)
+    assert [state.step for state in parts.states] == [0, 4, 7, 10, 13, 16, 20]
+    assert parts.steps[:] == whole.steps[:]
+
+
+class TestInterrupted:
+    """Ctrl-C while the recorder is at work."""
+
+    def loop(self, out, patch=lambda recorder: None, steps=12, **options):
+        model, optimizer, _ = build(CASES["mlp"])
+        with record(model, optimizer, "cross_entropy", DATA, out=out, keep=2, **options) as recorder:
+            patch(recorder)
+            for _ in range(recorder.position, steps):
+                loss = one_step(model, optimizer)
+                recorder.step([0, 1], loss)
+        return recorder.trajectory
+
+    @pytest.mark.parametrize(
+        "name", ["append", "flush", "flush_all", "settle", "put_state", "drop_state", "_write_state", "_transaction"]
+    )
+    @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+    def test_the_run_opens_and_goes_on(self, tmp_path, monkeypatch, name, late):
+        original, calls = getattr(Writer, name), []
+
+        def interrupting(*args, **options):
+            calls.append(name)
+            if len(calls) == 3 and not late:
+                signal.raise_signal(signal.SIGINT)
+            result = original(*args, **options)
+            if len(calls) == 3 and late:
+                signal.raise_signal(signal.SIGINT)
+            return result
+
+        monkeypatch.setattr(Writer, name, interrupting)
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            self.loop(tmp_path / "run")
+        except KeyboardInterrupt:
+            pass
+        else:
+            assert len(calls) < 3
+        assert signal.getsignal(signal.SIGINT) is handler
+        monkeypatch.undo()
+        stopped = Trajectory.open(tmp_path / "run")
+        stopped.check_files()
+        assert stopped.tail == 0
+        files = sorted(path.name for path in (tmp_path / "run" / "states").iterdir())
+        assert files == [state.file for state in stopped.states]
+        again = self.loop(tmp_path / "run", resume=True)
+        whole = self.loop(tmp_path / "whole")
+        assert again.steps[:] == whole.steps[:]
+        again.check_files()
+
+    def test_on_entering(self, tmp_path, monkeypatch):
+        create = Writer.create
+
+        def interrupting(*args):
+            signal.raise_signal(signal.SIGINT)
+            return create(*args)
+
+        monkeypatch.setattr(Writer, "create", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            self.loop(tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert len(Trajectory.open(tmp_path)) == 0
+        assert not list(tmp_path.glob("*-wal"))
+
+    def test_between_steps_at_once(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            self.loop(tmp_path, lambda recorder: signal.raise_signal(signal.SIGINT))
+        assert len(Trajectory.open(tmp_path)) == 0
+
+    def test_a_handler_of_one_s_own(self, tmp_path, monkeypatch):
+        heard, append = [], Writer.append
+
+        def interrupting(writer, row, **options):
+            if row.step == 5:
+                signal.raise_signal(signal.SIGINT)
+                assert not heard
+            append(writer, row, **options)
+
+        monkeypatch.setattr(Writer, "append", interrupting)
+        before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+        try:
+            trajectory = self.loop(tmp_path)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert heard == [signal.SIGINT]
+        assert len(trajectory) == 12
+
+    def test_rolled_back_rows_are_hashed_once(self, tmp_path, monkeypatch):
+        """Without the recorder's deferral: an interrupt within the transaction."""
+
+        def patch(recorder):
+            flush, failed = Writer.flush, []
+
+            def failing(writer):
+                with monkeypatch.context() as patched:
+                    if writer._rows and not failed:
+                        failed.append(1)
+                        patched.setattr("kxexplain.trajectory.store.SET_FACT", "INTERRUPTED")
+                        with pytest.raises(TrajectoryError):
+                            flush(writer)
+                flush(writer)
+
+            monkeypatch.setattr(Writer, "flush", failing)
+
+        self.loop(tmp_path, patch).check_files()
+
+    def test_waiting_for_a_state_interrupted(self, tmp_path, monkeypatch):
+        """Without the recorder's deferral: the state being waited for gets its row nevertheless."""
+        waits = []
+
+        def interrupted(jobs):
+            waits.append(jobs)
+            if len(waits) == 3:
+                raise KeyboardInterrupt
+            return wait(jobs)
+
+        monkeypatch.setattr("kxexplain.trajectory.store.wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            self.loop(tmp_path)
+        trajectory = Trajectory.open(tmp_path)
+        trajectory.check_files()
+        assert len(list((tmp_path / "states").iterdir())) == len(trajectory.states)

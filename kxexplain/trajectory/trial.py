@@ -1,0 +1,133 @@
+"""Trying a run before it begins, so that one that cannot begin costs nothing, above all no older run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kxexplain.errors import ArgumentError, DatasetError, KxError, ModelError, TrainingError
+from kxexplain.shapes import Inputs
+from kxexplain.trajectory import rng
+from kxexplain.trajectory.batches import all_targets, call, fetch, leaves
+from kxexplain.trajectory.forward import assign, gradients, private_copy
+from kxexplain.trajectory.losses import OWN, LossFunction, check_losses
+from kxexplain.trajectory.observe import check_precision, gradient_norm
+from kxexplain.trajectory.records import Manifest
+from kxexplain.trajectory.signature import build_optimizer
+
+CLASSIFYING = ("cross_entropy", "hinge")
+"""The losses whose targets are class numbers."""
+
+IGNORED = -100
+"""The class number that torch's cross-entropy passes over."""
+
+
+def rehearse(model: nn.Module, manifest: Manifest, dataset: Any, batches: Iterable[Tensor], loss: LossFunction) -> None:
+    """Compute on each of ``batches``, and step on the first, with a private copy of the model.
+
+    ``ModelError``, ``DatasetError`` or ``ArgumentError`` says what fails there, ``TrainingError`` that the first loss
+    or gradient is not finite. The caller's model, optimiser and random generators are left as they are.
+    """
+    device = next(model.parameters()).device
+    check_precision(device)
+    with rng.fork(device):
+        private = private_copy(model)
+        optimizer = build_optimizer(manifest.optimizer, dict(private.named_parameters()))
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        first: list[Tensor | None] = []
+        for indices in batches:
+            inputs, targets = fetch(dataset, indices, device)
+            outputs = _outputs(private, inputs)
+            _check_classes(manifest.loss, outputs, targets, indices)
+            losses = _losses(manifest.loss, loss, outputs, targets)
+            total = losses.mean() if manifest.reduction == "mean" else losses.sum()
+            found = _gradients(total, trained)
+            if not first:
+                _check_finite("loss", total.item())
+                _check_finite("gradient", gradient_norm([g for g in found if g is not None]))
+                everything = all_targets(dataset)
+                if everything is not None:
+                    _check_classes(manifest.loss, outputs, everything, torch.arange(len(everything)))
+                first = found
+        assign(trained, first)
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise ArgumentError(
+                f"the optimizer {manifest.optimizer.name} fails on the first step: {_words(error)}; use another one"
+            ) from error
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> Tensor:
+    try:
+        return call(model, inputs)
+    except KxError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(leaf.shape)} of {leaf.dtype}" for _, leaf in leaves(inputs))
+        raise ModelError(
+            f"the model fails on a batch of the dataset, inputs {shapes}: {_words(error)}; "
+            "give it inputs of the shape and type it takes"
+        ) from error
+
+
+def _losses(name: str, loss: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
+    try:
+        losses = loss(outputs, targets)
+    except KxError:
+        raise
+    except Exception as error:
+        words = (
+            f"fails on outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}, "
+            f"{targets.dtype}: {_words(error)}"
+        )
+        if name.startswith(OWN):
+            raise ArgumentError(f"the loss function {words}; it takes (outputs, targets) of a batch") from error
+        raise DatasetError(f"the loss {name!r} {words}; give targets that fit it, or another loss") from error
+    check_losses(losses, targets.shape[0])
+    return losses
+
+
+def _gradients(total: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
+    try:
+        return gradients(total, parameters)[0]
+    except KxError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the loss cannot be differentiated: {_words(error)}; model and loss must consist of operations "
+            "that torch can differentiate"
+        ) from error
+
+
+def _check_classes(loss: str, outputs: Tensor, targets: Tensor, indices: Tensor) -> None:
+    """``DatasetError`` naming the first of ``indices`` whose target is no class of the model."""
+    classes = outputs.shape[1] if outputs.dim() > 1 else 1
+    if loss not in CLASSIFYING or classes < 2 or (loss == "cross_entropy" and targets.is_floating_point()):
+        return
+    numbers = targets.long()
+    wrong = (numbers < 0) | (numbers >= classes)
+    if loss == "cross_entropy":
+        wrong &= numbers != IGNORED
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise DatasetError(
+            f"example {int(indices[place[0]])} is of class {targets[place].item()}, but the model's {classes} outputs "
+            f"stand for the classes 0 to {classes - 1}; renumber the targets, or give the model more outputs"
+        )
+
+
+def _check_finite(what: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the {what} at step 0 is {value}; training did not begin, and nothing was written. "
+            "Check the data and the initial weights"
+        )
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
