@@ -174,8 +174,10 @@ class Trajectory:
         with storage(path):
             size = path.stat().st_size
         if size != record.bytes:
+            what = "truncated" if size < record.bytes else "altered"
             raise TrajectoryError(
-                f"{path} has {size} bytes instead of {record.bytes}; restore it from a copy, or record again"
+                f"{path} was {what}: it has {size} bytes instead of {record.bytes}; restore it from a copy, or "
+                "record again"
             )
 
     def _check_state(self, state: State, step: int) -> None:

@@ -67,6 +67,13 @@ def test_truncated(folder, name, part):
         Trajectory.open(folder).check_files()
 
 
+def test_a_byte_too_long(folder):
+    data = (folder / STATE).read_bytes()
+    (folder / STATE).write_bytes(data + b"x")
+    with pytest.raises(TrajectoryError, match=f"altered: it has {len(data) + 1} bytes instead of {len(data)}"):
+        Trajectory.open(folder)
+
+
 @pytest.mark.parametrize("name", ["manifest.json", STATE])
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.95])
 def test_one_bit_altered(folder, name, place):
