@@ -172,7 +172,9 @@ def stopped(monkeypatch: pytest.MonkeyPatch, place: str, *arguments: object) -> 
     return str(result.stderr)
 
 
-@pytest.mark.parametrize("place", ["cli.training.build_data", "learning.trainer.describe", "learning.trainer.prepare"])
+@pytest.mark.parametrize(
+    "place", ["cli.training.build_data", "learning.trainer.describe", "trajectory.recorder.prepare"]
+)
 def test_stopped_before_anything_is_recorded(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told = stopped(monkeypatch, f"kxexplain.{place}", "train", "--data", "toy", "--epochs", "1", "--out", "run")
     assert "--resume" not in told
@@ -196,7 +198,7 @@ def test_stopped_on_the_way_then_resumed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_diverged_run_is_told_and_kept() -> None:
-    arguments = ("train", "--data", "toy", "--loss", "mse", "--model", "mlp-6", "--lr", "1e30", "--out", "run")
+    arguments = ("train", "--data", "toy", "--model", "mlp-6", "--lr", "1e30", "--out", "run")
     assert fails(1, *arguments)
     assert Trajectory.open("run").states
 

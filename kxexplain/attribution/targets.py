@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ def _function(function: Callable[[Tensor], Tensor], outputs: Tensor) -> Resolved
     return ResolvedTarget(getattr(function, "__name__", "function"), select, None, None)
 
 
-def _called(function: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
+def _called(function: Callable[[Tensor], Any], outputs: Tensor) -> Any:
     try:
         return function(outputs)
     except UNFIT as error:
