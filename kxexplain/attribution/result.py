@@ -38,6 +38,9 @@ OPTIONAL = ("path_kernel", "output")
 class Timeline:
     """When in training the bill's amounts came about.
 
+    A contribution stands at the step that the gradient entered, all of it: under momentum or Adam it goes on moving the
+    parameters afterwards. Decay that is charged to updates, and counters among the buffers, stand in the first segment.
+
     Attributes:
         steps: the segments' borders, [segment + 1].
         totals: per line of the bill, amounts by segment, [segment, query] (and an output axis for all outputs).
