@@ -15,6 +15,7 @@ and Y those at the segment's end, and A, B, C do not depend on the query: only W
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -107,7 +108,7 @@ class BackwardWalk:
         self.trajectory = replayer.trajectory
         self.recorded = [state.step for state in self.trajectory.states]
         self.bounds = borders(replayer, stride)
-        self.rule = RECURSIONS[self.trajectory.manifest.optimizer.name]
+        self.itemised = RECURSIONS[self.trajectory.manifest.optimizer.name]
         self.parameters, self.layout = watched(replayer)
         replayer.seek(0)
         self.at_start, self.moments_at_start = replayer.copy_state(), self._moments(replayer)
@@ -153,16 +154,16 @@ class BackwardWalk:
             yield from reversed(self._captured(twin, step, min(step + self.piece, last), states))
 
     def _note(self, replayer: Replayer, step: int, states: dict[int, Tensors]) -> None:
-        if step in self.bounds:
+        if self.bounds[bisect_left(self.bounds, step)] == step:
             states[step] = replayer.copy_state()
 
     def _captured(self, replayer: Replayer, first: int, last: int, states: dict[int, Tensors]) -> list[_Stretch]:
         """The stretches of some replayed steps."""
-        edges = [first, *(b for b in self.bounds if first < b < last), last]
+        edges = [first, *self.bounds[bisect_right(self.bounds, first) : bisect_left(self.bounds, last)], last]
         found = []
         for start, end in pairwise(edges):
             self._note(replayer, start, states)
-            number = max(i for i, b in enumerate(self.bounds) if b <= start)
+            number = bisect_right(self.bounds, start) - 1
             found.append(self._stretch(replayer, number, end))
         self._note(replayer, last, states)
         return found
@@ -191,13 +192,13 @@ class BackwardWalk:
         for group, rate in zip(self.trajectory.manifest.optimizer.groups, record.rates, strict=True):
             for name in set(group.names) & taken.gradients.keys():
                 new = replayer.optimizer.state.get(own[name], {})
-                recursions[name] = recursion = self.rule(group.options, rate, held[name], new)
+                recursions[name] = recursion = self.itemised.rule(group.options, rate, held[name], new)
                 gradient = recursion.sign * record.sign * record.clip * taken.gradients[name]
                 if recursion.l2 or recursion.shrink:
                     decaying[name] = alone[name].clone()
                     gradient += recursion.l2 * alone[name]
                 alone[name] -= recursion.direct * gradient + recursion.shrink * alone[name]
-                if recursion.moment is not None:
+                if not _zero(recursion.intake):
                     earlier = recursion.memory * moments[name] if name in moments else 0.0
                     moments[name] = earlier + recursion.intake * gradient
                     alone[name] -= recursion.applied * moments[name]
@@ -213,13 +214,9 @@ class BackwardWalk:
 
     def _moments(self, replayer: Replayer) -> Tensors:
         """Copies of the moments that the optimiser holds."""
-        found = {}
-        for name, parameter in self._own(replayer).items():
-            for key in ("momentum_buffer", "exp_avg"):
-                value = replayer.optimizer.state.get(parameter, {}).get(key)
-                if isinstance(value, Tensor):
-                    found[name] = value.detach().clone()
-        return found
+        states = {name: replayer.optimizer.state.get(p, {}) for name, p in self._own(replayer).items()}
+        held = {name: state.get(self.itemised.moment) for name, state in states.items()}
+        return {name: value.detach().clone() for name, value in held.items() if isinstance(value, Tensor)}
 
 
 Mixture: TypeAlias = tuple[Coefficient, Coefficient, Coefficient]

@@ -65,7 +65,8 @@ def explain(
         The bill of every query.
 
     Raises:
-        ModelError: not the recorded architecture, or one whose outputs are not the same twice.
+        ModelError: not the recorded architecture, or one whose outputs are not the same twice or depend on the other
+            queries.
         DatasetError: not the recorded examples, no queries, or queries that the model cannot take.
         TargetError: the target does not exist.
         ArgumentError: an unknown rule, stride, amount of memory or way of accounting for decay.

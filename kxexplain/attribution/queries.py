@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from kxexplain.attribution.targets import ResolvedTarget, TargetSpec, resolve_ta
 from kxexplain.errors import DatasetError, KxError, ModelError
 from kxexplain.gradients.discrete import DiscreteGradient, Secant
 from kxexplain.gradients.factors import size
-from kxexplain.kernels.path import put
 from kxexplain.kernels.quadrature import Rule
 from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory import State, Trajectory
 from kxexplain.trajectory.batches import call, copied, count, fetch, leaves, outputs_2d, take
 from kxexplain.trajectory.forward import private_copy
+from kxexplain.trajectory.states import load_model
 
 
 @dataclass
@@ -34,6 +34,8 @@ class QuerySide:
     baseline: Tensor
     prediction: Tensor
     labels: Tensor | None
+    shape: torch.Size
+    """One query's outputs as the model gives them."""
     chunk: int = 0
     steady: Tensor | None = None
     """The initial model's quantities with the trained model's counters, where these matter, [q, c]."""
@@ -71,9 +73,9 @@ class QuerySide:
         inputs, labels = query_batch(queries, device)
         first, last = (trajectory.state(trajectory.states[i].step) for i in (0, -1))
         with torch.random.fork_rng(devices=[]):
-            put(first, private)
+            load_model(first, private)
             before = first_outputs(private, inputs)
-            put(last, private)
+            load_model(last, private)
             shaped = outputs_of(private, inputs)
             after = outputs_2d(shaped)
             if not torch.equal(after, evaluate(private, inputs)):
@@ -90,10 +92,10 @@ class QuerySide:
             baseline, prediction = (resolved.select(values, slice(None)) for values in (before, after))
         side = cls(
             inputs, resolved, rule, budget, DiscreteGradient(private, names), names, buffers & set(names),
-            baseline, prediction, labels,
+            baseline, prediction, labels, shaped.shape[1:],
         )  # fmt: skip
         side._choose_portions(first, last, device)
-        side.steady = side._steady(private, first)
+        side.steady = side._steady(private, first, last)
         return side
 
     def chunks(self) -> list[slice]:
@@ -113,16 +115,13 @@ class QuerySide:
             made.append((weight, self.gradient(at, at, inputs, target)))
         return made
 
-    def _steady(self, model: nn.Module, first: State) -> Tensor | None:
+    def _steady(self, model: nn.Module, first: State, last: State) -> Tensor | None:
         """Buffers that are no floating-point numbers change at once, at the beginning: there is nothing in between."""
-        counters = {n for n, b in model.named_buffers() if not b.is_floating_point()}
+        counters = {name: b for name, b in last.buffers.items() if not b.is_floating_point()}
         if not counters:
             return None
-        values = {k: v for k, v in {**first.parameters, **first.buffers}.items() if k not in counters}
+        load_model(replace(first, buffers={**first.buffers, **counters}), model)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                if name in values:
-                    tensor.copy_(values[name])
             return self.target.select(evaluate(model, self.inputs), slice(None))
 
     def _choose_portions(self, first: State, last: State, device: torch.device) -> None:

@@ -27,8 +27,8 @@ from torch import nn
 
 from kxexplain import datasets
 from kxexplain.errors import ArgumentError, DatasetError, ModelError, TrajectoryError
-from kxexplain.kernels.path import put
 from kxexplain.trajectory import Trajectory, count, fetch
+from kxexplain.trajectory.states import load_model
 
 RUN = "run.json"
 DEFAULT_MODEL, DEFAULT_DATA = "mlp-64-32", "digits"
@@ -214,5 +214,5 @@ class OpenRun:
     def trained(self) -> nn.Module:
         """The model, with the last recorded state's parameters and buffers."""
         self.trajectory.check_model(self.model)
-        put(self.trajectory.state(self.trajectory.states[-1].step), self.model)
+        load_model(self.trajectory.state(self.trajectory.states[-1].step), self.model)
         return self.model.eval()

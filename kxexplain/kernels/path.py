@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from kxexplain.errors import ArgumentError
 from kxexplain.kernels.tangent import Outputs, TangentKernel, require_inputs
 from kxexplain.shapes import Inputs
-from kxexplain.trajectory import State, Trajectory
+from kxexplain.trajectory import Trajectory
 from kxexplain.trajectory.batches import take
 from kxexplain.trajectory.forward import private_copy
+from kxexplain.trajectory.states import load_model
 
 
 def flow_weights(trajectory: Trajectory) -> list[float]:
@@ -36,14 +37,6 @@ def flow_weights(trajectory: Trajectory) -> list[float]:
         elapsed.append(elapsed[-1] + sum(rates))
     gaps = [b - a for a, b in pairwise(elapsed)]
     return [(before + after) / 2 for before, after in zip([0.0, *gaps], [*gaps, 0.0], strict=True)]
-
-
-def put(state: State, model: nn.Module) -> None:
-    """Set a model's parameters and buffers to a recorded state's."""
-    values = {**state.parameters, **state.buffers}
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            tensor.copy_(values[name])
 
 
 def path_kernel(
@@ -91,7 +84,7 @@ def path_kernel(
     total: Tensor | None = None
     with torch.random.fork_rng(devices=[]):
         for state, weight in zip(trajectory.states, flow_weights(trajectory), strict=True):
-            put(trajectory.state(state.step), kernel.model)
+            load_model(trajectory.state(state.step), kernel.model)
             left = kernel.gradients(x1)
             found = kernel.between(left, left if x2 is None else kernel.gradients(x2)) * weight
             total = found if total is None else total.add_(found)

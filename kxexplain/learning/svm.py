@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from kxexplain.attribution.queries import evaluate
 from kxexplain.errors import ArgumentError, DatasetError
-from kxexplain.kernels.path import path_kernel, put
+from kxexplain.kernels.path import path_kernel
 from kxexplain.kernels.tangent import tangent_kernel
 from kxexplain.learning.comparison import Comparison
 from kxexplain.shapes import Examples, Inputs
 from kxexplain.trajectory import Trajectory, count, fetch, take
 from kxexplain.trajectory.forward import private_copy
+from kxexplain.trajectory.states import load_model
 
 Kernel = Literal["path", "tangent"]
 SIGNED = ("hinge", "logistic")
@@ -81,7 +82,7 @@ def compare_svm(
     _, raw_train = _whole(train, "training", device)
     trajectory.check_dataset(train)
     private = private_copy(model).eval()
-    put(last, private)
+    load_model(last, private)
     outputs = torch.cat([evaluate(private, take(x_test, s)) for s in _slices(count(x_test))])
     y_train, y_test = (_classes(raw, outputs, trajectory.loss_name) for raw in (raw_train, raw_test))
     chosen = stratified(y_train, limit, seed)

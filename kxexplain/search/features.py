@@ -83,8 +83,8 @@ def update_features(
     if split(optimizer, trajectory.steps[0]) is None:
         instead = ", or ask kx.explain, which itemises this one" if remembers(trajectory, "line") else ""
         raise ArgumentError(
-            f"the trajectory's optimiser is {_described(optimizer)}, but the index takes SGD without momentum (and "
-            "without maximize) only, whose every step is the sum of its own examples' updates; train with "
+            f"the trajectory's optimiser is {_described(optimizer)}, but the index takes SGD without momentum "
+            "only, whose every step is the sum of its own examples' updates; train with "
             f"torch.optim.SGD(..., momentum=0){instead}"
         )
     with Replayer(trajectory, model, dataset) as replayer, progress_bar(progress, len(trajectory)) as tick:
@@ -95,9 +95,7 @@ def update_features(
 
 def _described(optimizer: OptimizerRecord) -> str:
     """An optimiser's name, and for SGD what makes it another than the plain one."""
-    options = [group.options for group in optimizer.groups]
-    found = [name for name in ("momentum", "maximize") if any(o.get(name) for o in options)]
-    return optimizer.name + (f" with {' and '.join(found)}" if optimizer.name == "SGD" and found else "")
+    return "SGD with momentum" if optimizer.name == "SGD" else optimizer.name
 
 
 def recorded_segments(trajectory: Trajectory, device: torch.device) -> Iterator[Segment]:
@@ -150,7 +148,7 @@ def descent(trajectory: Trajectory, side: QuerySide) -> tuple[QuerySide | None, 
         if trajectory.loss_name not in CLASS_LOSSES:
             return None, "target"
         labels, name = _predicted(outputs, trajectory.loss_name), "loss of the predicted label"
-    return replace(side, target=resolve_target("loss", outputs, labels, trajectory.loss)), name
+    return replace(side, target=resolve_target("loss", outputs, labels, trajectory.loss, side.shape)), name
 
 
 def _predicted(outputs: Tensor, loss: str) -> Tensor:

@@ -154,7 +154,7 @@ class GradientIndex:
             raise ArgumentError("one number per query is searched for; give an output's number instead of 'all'")
         side = QuerySide.prepare(self.trajectory, self.model, queries, "all", quadrature.rule("discrete"), MEMORY)
         outputs, loss = side.prediction, self.trajectory.loss if target == "loss" else None
-        asked = replace(side, target=resolve_target(target, outputs, side.labels, loss))
+        asked = replace(side, target=resolve_target(target, outputs, side.labels, loss, side.shape))
         features = self._query_features(asked)
         k = min(k, len(self))
         if rerank:

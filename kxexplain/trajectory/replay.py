@@ -132,7 +132,9 @@ class Replayer:
     def twin(self) -> Replayer:
         """Another replayer at the same position, which can run ahead without moving this one."""
         twin = copy.copy(self)
-        twin.model, twin.optimizer = copy.deepcopy((self.model, self.optimizer))
+        twin.model = private_copy(self.model)
+        twin.optimizer = build_optimizer(self.trajectory.manifest.optimizer, dict(twin.model.named_parameters()))
+        twin.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         twin._look_up()
         return twin
 

@@ -1,4 +1,7 @@
-"""How an optimiser's step splits into the examples' updates and a regulariser.
+"""How a step of plain SGD splits into the examples' updates and a regulariser, each a number times a vector.
+
+Such steps can be itemised forward in time, as they are replayed; what a step does beyond that is for the recursions of
+:mod:`kxexplain.trajectory.optimizers`.
 
 What a rule here does not account for is not lost: whoever sums up compares with the parameters'
 actual movement and reports the difference as unattributed.
@@ -6,11 +9,12 @@ actual movement and reports the difference as unattributed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from kxexplain.trajectory.records import GroupRecord, OptimizerRecord, StepRecord
+from torch import Tensor
+
+from kxexplain.trajectory.optimizers import RECURSIONS
+from kxexplain.trajectory.records import OptimizerRecord, StepRecord
 
 
 @dataclass(frozen=True)
@@ -24,49 +28,27 @@ class Split:
     decay: dict[str, float]
 
 
-Rule = Callable[[GroupRecord, float, StepRecord], tuple[float, float] | None]
-
-
 def split(optimizer: OptimizerRecord, step: StepRecord) -> Split | None:
-    """The factors of one step, or ``None`` where this optimiser's split is not known.
+    """The factors of one step, or ``None`` for anything but SGD without momentum.
 
     A parameter whose gradient is None (frozen, or unused in the step) does not move at all: torch
     skips it, decay included.
 
     >>> import numpy as np
+    >>> from kxexplain.trajectory.records import GroupRecord
     >>> group = GroupRecord(("weight",), {"weight_decay": 0.1})
     >>> step = StepRecord(0, 0, (0.5,), np.array([3]), loss=1.0, gradient_norm=1.0)
     >>> split(OptimizerRecord("SGD", (group,)), step)
     Split(gradient={'weight': -0.5}, decay={'weight': -0.05})
     """
-    rule = RULES.get(optimizer.name)
-    if rule is None:
+    if optimizer.name != "SGD":
         return None
     gradient: dict[str, float] = {}
     decay: dict[str, float] = {}
     for group, rate in zip(optimizer.groups, step.rates, strict=True):
-        factors = rule(group, rate, step)
-        if factors is None:
+        by = RECURSIONS["SGD"].rule(group.options, rate, {}, {})
+        if by.applied or isinstance(by.direct, Tensor):
             return None
-        gradient |= dict.fromkeys(group.names, factors[0])
-        decay |= dict.fromkeys(group.names, factors[1])
+        gradient |= dict.fromkeys(group.names, -by.direct * by.sign * step.sign * step.clip)
+        decay |= dict.fromkeys(group.names, -by.direct * by.l2)
     return Split(gradient, decay)
-
-
-def _sgd(group: GroupRecord, rate: float, step: StepRecord) -> tuple[float, float] | None:
-    """Without momentum torch does p ← p − rate · (sign · clip · ∇p + λp).
-
-    Dampening and Nesterov act on the momentum buffer alone, so without momentum they do nothing.
-    """
-    options = group.options
-    if options.get("momentum", 0) != 0 or options.get("maximize", False):
-        return None
-    return -rate * step.sign * step.clip, -rate * _number(options, "weight_decay")
-
-
-def _number(options: Mapping[str, Any], key: str) -> float:
-    return float(options.get(key, 0.0))
-
-
-RULES: dict[str, Rule] = {"SGD": _sgd}
-"""The optimisers whose split is known, by class name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -55,7 +54,7 @@ def test_complete(name: str, model: str, dtype: torch.dtype, tmp_path: Path) -> 
     for stride in (2, None) if dtype == torch.float64 else (None,):
         explanation = explained(problem, trajectory, stride=stride, kernel=False)
         assert_complete(explanation, KEPT[dtype])
-        assert_timeline_agrees(explanation, 1e-9 if dtype == torch.float64 else 1e-3)
+        assert_timeline_agrees(explanation, 1e-9 if dtype == torch.float64 else 1e-4)
         change = float((explanation.prediction - explanation.baseline).norm())
         assert float(explanation.unattributed.norm()) <= 100 * KEPT[dtype] * change
         assert float(explanation.contributions.norm()) > 0
@@ -136,8 +135,9 @@ def test_memory_changes_nothing(name: str, tmp_path: Path) -> None:
     whole = explained(problem, trajectory)
     for memory in (30_000, 1000, 1):
         part = explained(problem, trajectory, memory=memory)
-        for line in ("contributions", "regularizer", "unattributed", "kernel"):
-            assert relative(getattr(part, line), getattr(whole, line)) < 1e-9 or line == "unattributed"
+        for line in ("contributions", "regularizer", "kernel"):
+            assert_close(getattr(part, line), getattr(whole, line), 1e-9)
+        assert float(part.unattributed.abs().max()) < 1e-9
 
 
 @pytest.mark.parametrize("target", ["all", "label", "loss"])
@@ -220,6 +220,15 @@ def test_charged_decay_of_a_linear_model(tmp_path: Path) -> None:
     torch.testing.assert_close(found.regularizer, eroded)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_short_pieces_of_a_model_that_keeps_what_it_computed(tmp_path: Path) -> None:
+    """A model is copied in the middle of a replay, with a weight that a hook computed in the last call."""
+    problem = CASES["mlp-tanh"].build()
+    nn.utils.weight_norm(problem.model[0])
+    trajectory = run(problem, tmp_path, optimizer=OPTIMIZERS["adam"](problem.model.parameters()))
+    assert_complete(explained(problem, trajectory, memory=1, kernel=False))
+
+
 def test_an_optimiser_that_is_not_known(tmp_path: Path) -> None:
     """Complete all the same, all of it unattributed, and said so."""
     problem = CASES["mlp-tanh"].build()
@@ -233,5 +242,5 @@ def test_an_optimiser_that_is_not_known(tmp_path: Path) -> None:
 def test_unknown_ways_of_decay(tmp_path: Path) -> None:
     problem = CASES["mlp-tanh"].build()
     trajectory = run(problem, tmp_path)
-    with pytest.raises(ArgumentError, match="charged"), warnings.catch_warnings():
+    with pytest.raises(ArgumentError, match="charged"):
         explained(problem, trajectory, decay="ignored")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kxexplain.gradients import DiscreteGradient, squared_norm
+from kxexplain.gradients import DiscreteGradient, layout_of, squared_norm, trainable
 from kxexplain.gradients.products import dot
 from kxexplain.trajectory.batches import call, count, outputs_2d, take
 from tests import cases, reference
@@ -174,3 +174,24 @@ def test_along_equals_the_dense_product() -> None:
     _problem, start, _end, found = secant_of(CASES["twice"], torch.float64, 0.2)
     probe = {key: torch.randn_like(value) for key, value in start.items()}
     assert_close(found.along(probe), dot(found.factors, probe), 1e-14)
+
+
+FOREIGN = ("custom-numpy", "into-plain", "spectrum")
+"""What leaves torch, writes into plain tensors, or computes with complex numbers."""
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in FOREIGN])
+def test_no_model_falls_back_unnoticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that cannot be followed counts as one operation, exactly: which would hide a defect of our own as well."""
+    monkeypatch.setattr(DiscreteGradient, "_at_midpoint", lambda *_: pytest.fail("not followed"))
+    secant_of(CASES[name], torch.float64, 0.1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_use_is_in_sight(name: str, training: bool) -> None:
+    """So would taking parameters one example at a time."""
+    problem = CASES[name].build()
+    layout = layout_of(problem.model.train(training), problem.inputs, trainable(problem.model))
+    assert not layout.blind
+    assert not layout.loose

@@ -14,7 +14,9 @@ def step_of(optimizer, **factors):
     return StepRecord(0, 0, rates, np.array([0]), 1.0, 1.0, **factors)
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.3}, {"dampening": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.3}, {"dampening": 0.5}, {"maximize": True, "weight_decay": 0.1}], ids=str
+)
 @pytest.mark.parametrize("factors", [{}, {"sign": -1}, {"clip": 0.25}], ids=str)
 def test_split_is_what_sgd_does(options, factors):
     torch.manual_seed(0)
@@ -38,7 +40,6 @@ def test_split_is_what_sgd_does(options, factors):
     "make",
     [
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-        lambda p: torch.optim.SGD(p, lr=0.1, maximize=True),
         lambda p: torch.optim.Adam(p),
         lambda p: torch.optim.RMSprop(p),
     ],

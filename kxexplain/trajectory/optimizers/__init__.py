@@ -7,12 +7,16 @@ example's share.
 
 from kxexplain.trajectory.optimizers.adam import adam, adamw
 from kxexplain.trajectory.optimizers.adaptive import adagrad, rmsprop
-from kxexplain.trajectory.optimizers.recursion import STILL, Coefficient, Recursion, Rule, Values
+from kxexplain.trajectory.optimizers.recursion import STILL, Coefficient, Itemised, Recursion, Values
 from kxexplain.trajectory.optimizers.sgd import sgd
 
-RECURSIONS: dict[str, Rule] = {
-    "SGD": sgd, "Adam": adam, "AdamW": adamw, "Adagrad": adagrad, "RMSprop": rmsprop,
-}  # fmt: skip
+RECURSIONS = {
+    "SGD": Itemised(sgd, "momentum_buffer"),
+    "Adam": Itemised(adam, "exp_avg"),
+    "AdamW": Itemised(adamw, "exp_avg"),
+    "Adagrad": Itemised(adagrad),
+    "RMSprop": Itemised(rmsprop, "momentum_buffer"),
+}
 """The optimisers whose steps are itemised, by class name."""
 
-__all__ = ["RECURSIONS", "STILL", "Coefficient", "Recursion", "Rule", "Values"]
+__all__ = ["RECURSIONS", "STILL", "Coefficient", "Itemised", "Recursion", "Values"]

@@ -23,7 +23,6 @@ def adam(options: Values, rate: float, before: Values, after: Values) -> Recursi
         shrink=rate * decay if decoupled else 0.0,
         l2=0.0 if decoupled else decay,
         sign=-1.0 if options.get("maximize") else 1.0,
-        moment="exp_avg",
     )
 
 

@@ -25,4 +25,4 @@ def rmsprop(options: Values, rate: float, before: Values, after: Values) -> Recu
     l2, sign = float(options.get("weight_decay", 0)), -1.0 if options.get("maximize") else 1.0
     if momentum == 0:
         return Recursion(direct=rate * inverse, l2=l2, sign=sign)
-    return Recursion(intake=inverse, memory=momentum, applied=rate, l2=l2, sign=sign, moment="momentum_buffer")
+    return Recursion(intake=inverse, memory=momentum, applied=rate, l2=l2, sign=sign)

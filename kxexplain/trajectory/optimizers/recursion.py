@@ -32,7 +32,6 @@ class Recursion:
         shrink: decoupled weight decay.
         l2: weight decay in the gradient.
         sign: −1 where the loss is maximised.
-        moment: the name of m among the optimiser's own values, if it has one.
     """
 
     direct: Coefficient = 0.0
@@ -42,12 +41,6 @@ class Recursion:
     shrink: float = 0.0
     l2: float = 0.0
     sign: float = 1.0
-    moment: str | None = None
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all elements of the parameter are treated alike."""
-        return not any(isinstance(value, Tensor) for value in (self.direct, self.intake, self.applied))
 
 
 STILL = Recursion(memory=1.0)
@@ -57,3 +50,11 @@ Values: TypeAlias = Mapping[str, Any]
 
 Rule = Callable[[Values, float, Values, Values], Recursion]
 """(options of the group, learning rate, the optimiser's values of the parameter before the step, and after it)."""
+
+
+@dataclass(frozen=True)
+class Itemised:
+    """An optimiser whose steps are itemised: its rule, and the name of m among its own values, if it has one."""
+
+    rule: Rule
+    moment: str | None = None

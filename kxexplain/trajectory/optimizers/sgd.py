@@ -23,5 +23,4 @@ def sgd(options: Values, rate: float, before: Values, after: Values) -> Recursio
         applied=rate * momentum if nesterov else rate,
         l2=l2,
         sign=sign,
-        moment="momentum_buffer",
     )
