@@ -12,7 +12,8 @@ from kxexplain.attribution.result import Explanation, Timeline
 from kxexplain.attribution.walk import Movement, Segment, Updates
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Factors
-from kxexplain.gradients.products import dot, gram
+from kxexplain.gradients.lookup import InputProducts
+from kxexplain.gradients.products import InputsMet, dot, gram, inputs_met
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import Trajectory
 
@@ -38,6 +39,7 @@ class Ledger:
         self.bins = torch.zeros(bins, examples, q, c, dtype=side.dtype, device=side.prediction.device)
         if side.steady is not None:
             self.lines["buffers"][0] += (side.steady - side.baseline).to(self.sums.dtype)
+        self._products = InputProducts(examples, side.budget // 8)
         self._held: tuple[Segment | None, slice, list[tuple[float, Secant]]] = (None, slice(0), [])
 
     @property
@@ -59,8 +61,9 @@ class Ledger:
         indices = updates.indices.to(self.sums.device)
         for rows in self.side.chunks():
             for weight, secant in self._secants(segment, rows):
-                found = against(updates.factors, secant)[:, 0] * weight
-                blocks = None if updates.jacobian is None else against(updates.jacobian, secant) * weight
+                inputs = self._products.of(indices, rows.start)
+                found = against(updates.factors, secant, inputs)[:, 0] * weight
+                blocks = None if updates.jacobian is None else against(updates.jacobian, secant, inputs) * weight
                 self.credit(segment, rows, indices, found, updates.alpha, blocks)
 
     def credit(
@@ -181,9 +184,9 @@ def _kernel_part(found: Tensor, alpha: Tensor, blocks: Tensor | None) -> Tensor:
     return (found * inverse[:, None, None])[..., None]
 
 
-def against(factors: Factors, secant: Secant) -> Tensor:
+def against(factors: Factors, secant: Secant, inputs: InputsMet = inputs_met) -> Tensor:
     """Inner products ⟨gradient_k(x_i), D_c(x)⟩, [m, k, q, c]."""
-    found = gram(factors, secant.factors)
+    found = gram(factors, secant.factors, inputs)
     if secant.correction is None:
         return found
     return found + dot(factors, secant.direction)[..., None, None] * secant.correction

@@ -28,6 +28,7 @@ class Outer:
         a: what the matrix was applied to, [n, r, d_in].
         g: gradients at what came out, [n, c, r, d_out].
         transposed: the parameter is stored as (d_in, d_out), as in ``x @ w``.
+        raw: ``a`` holds the examples' inputs as the dataset serves them, which training does not change.
     """
 
     weight: str
@@ -35,6 +36,7 @@ class Outer:
     a: Float[Tensor, "n r d_in"]
     g: Float[Tensor, "n c r d_out"]
     transposed: bool = False
+    raw: bool = False
 
     @property
     def rows(self) -> int:
@@ -60,11 +62,11 @@ class Outer:
         a, g = (t.new_empty(rows, *t.shape[1:]) for t in (self.a, self.g))
         return replace(self, a=a, g=g)
 
-    def fill(self, values: Factor, weight: float) -> None:
-        """Take the values of a factor of the same shape, times a number."""
+    def fill(self, place: slice, values: Factor, weight: float) -> None:
+        """Take the values of a factor of as many rows, times a number."""
         assert isinstance(values, Outer)
-        self.a.copy_(values.a)
-        torch.mul(values.g, weight, out=self.g)
+        self.a[place] = values.a
+        torch.mul(values.g, weight, out=self.g[place])
 
     def scaled(self, scale: Mapping[str, float]) -> list[Factor]:
         """Each parameter's gradients times its own number."""
@@ -111,10 +113,10 @@ class Dense:
         """Room for so many examples' gradients of this kind."""
         return replace(self, values=self.values.new_empty(rows, *self.values.shape[1:]))
 
-    def fill(self, values: Factor, weight: float) -> None:
-        """Take the values of a factor of the same shape, times a number."""
+    def fill(self, place: slice, values: Factor, weight: float) -> None:
+        """Take the values of a factor of as many rows, times a number."""
         assert isinstance(values, Dense)
-        torch.mul(values.values, weight, out=self.values)
+        torch.mul(values.values, weight, out=self.values[place])
 
     def scaled(self, scale: Mapping[str, float]) -> list[Factor]:
         """The gradients times the parameter's number."""
@@ -183,7 +185,7 @@ def concatenate(pieces: Sequence[Factors]) -> Factors:
 def signature(factors: Factors) -> tuple[object, ...]:
     """What must agree for two passes to be concatenated."""
     return tuple(
-        (f.weight, f.bias, f.a.shape[1:], f.g.shape[1:], f.transposed)
+        (f.weight, f.bias, f.a.shape[1:], f.g.shape[1:], f.transposed, f.raw)
         if isinstance(f, Outer)
         else (f.weight, f.values.shape[1:])
         for f in factors

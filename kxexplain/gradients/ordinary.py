@@ -14,9 +14,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from kxexplain.errors import KxError
 from kxexplain.gradients.capture import Capture, Layout, Run, Use, measure
 from kxexplain.gradients.contacts import ASSEMBLY
-from kxexplain.gradients.factors import Dense, Factors, merge
+from kxexplain.gradients.factors import Dense, Factors, Outer, merge
 from kxexplain.shapes import Inputs, Tensors
-from kxexplain.trajectory.batches import call, copied, count, outputs_2d, take
+from kxexplain.trajectory.batches import call, copied, count, leaves, outputs_2d, take
 
 Select = Callable[[Tensor], Tensor]
 """From outputs [n, C] to the quantities differentiated, [n, c]; each row depends on its own row only."""
@@ -176,14 +176,16 @@ class StepGradients:
         self.pull: Tensor
         self._loose: Factors = []
 
-    def forward(self) -> AbstractContextManager[Any]:
-        """Entered around the forward pass."""
+    def forward(self, inputs: Inputs) -> AbstractContextManager[Any]:
+        """Entered around the forward pass on these inputs, fresh from the dataset."""
+        self._inputs = {leaf.data_ptr(): (leaf, leaf._version) for _, leaf in leaves(inputs)}
         return self.capture.around()
 
     def edges(self, outputs: Tensor, losses: Tensor, total: Tensor) -> list[GradientEdge]:
         """What the backward pass must return, once the loose parameters and the Jacobian are taken."""
         if self.with_jacobian:
-            self.jacobian = differentiate(outputs_2d(outputs), self.capture, self.parameters, keep_graph=True)
+            found = differentiate(outputs_2d(outputs), self.capture, self.parameters, keep_graph=True)
+            self.jacobian = self._marked(found)
         if self.capture.loose:
             share = torch.autograd.grad(total, losses, retain_graph=True)[0]
             self._loose = loose_gradients((losses * share)[:, None], self.capture, self.parameters)
@@ -194,5 +196,15 @@ class StepGradients:
         """Turn the gradients at the edges into factors."""
         *uses, pull = gradients
         assert pull is not None
-        self.factors = assemble(self.capture, [uses], self._loose)
+        self.factors = self._marked(assemble(self.capture, [uses], self._loose))
         self.pull = outputs_2d(pull)
+
+    def _marked(self, factors: Factors) -> Factors:
+        """The factors, those whose ``a`` is the batch itself marked as raw."""
+        return [replace(f, raw=True) if isinstance(f, Outer) and self._is_input(f.a) else f for f in factors]
+
+    def _is_input(self, a: Tensor) -> bool:
+        leaf, version = self._inputs.get(a.data_ptr(), (None, 0))
+        if leaf is None or leaf._version != version or not (a.is_contiguous() and leaf.is_contiguous()):
+            return False
+        return a.dtype == leaf.dtype and len(a) == len(leaf) and a.numel() == leaf.numel() > 0

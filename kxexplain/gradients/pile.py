@@ -28,7 +28,7 @@ class Pile:
         """Add the gradients of one pass, times a number."""
         place = slice(self.rows, self.rows + rows)
         for room, factor in zip(self._room, factors, strict=True):
-            room.take(place).fill(factor, weight)
+            room.fill(place, factor, weight)
         self.rows = place.stop
 
     def gathered(self) -> Factors:

@@ -6,7 +6,8 @@ instead of 2·d_in·d_out, as two matrix products and an elementwise one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,19 +17,26 @@ from torch import Tensor
 from kxexplain.gradients.factors import Dense, Factor, Factors, Outer, merge
 
 Outputs = Literal["full", "trace"]
+InputsMet = Callable[[Outer, Outer], Tensor]
 
 
-def gram(left: Factors, right: Factors) -> Float[Tensor, "n c m k"]:
+def inputs_met(f: Outer, h: Outer) -> Float[Tensor, "n m"]:
+    """Inner products of what two linear layers, of one position each, were applied to."""
+    return f.a.view(len(f.a), -1) @ h.a.view(len(h.a), -1).T
+
+
+def gram(left: Factors, right: Factors, inputs: InputsMet = inputs_met) -> Float[Tensor, "n c m k"]:
     """All inner products between two sets of per-example gradients, every output with every output.
 
     Args:
         left: gradients of n examples with c outputs each.
         right: gradients of m examples with k outputs each.
+        inputs: gives a new tensor of the inner products of the inputs, if they are known already.
 
     Returns:
         [n, c, m, k]; summed over all parameters that both sides have, zero if there are none.
     """
-    return _accumulate(left, right, _outer_full, _dense_full)
+    return _accumulate(left, right, partial(_outer_full, inputs=inputs), _dense_full)
 
 
 def gram_trace(left: Factors, right: Factors) -> Float[Tensor, "n m"]:
@@ -88,20 +96,20 @@ def _written(factors: Factors, names: set[str]) -> Factors:
     return merge([part for f in factors for part in (f.dense() if names & set(f.names) else [f])])
 
 
-def _outer_full(f: Outer, h: Outer) -> Tensor:
-    (n, r, d), (m, s, _) = f.a.shape, h.a.shape
+def _outer_full(f: Outer, h: Outer, inputs: InputsMet = inputs_met) -> Tensor:
+    (n, r, _), (m, s, _) = f.a.shape, h.a.shape
     c, k = f.g.shape[1], h.g.shape[1]
     if r == 1 and s == 1:
-        inputs = f.a.view(n, d) @ h.a.view(m, d).T
+        met = inputs(f, h)
         if f.bias is not None:
-            inputs += 1
+            met += 1
         outputs = f.g.reshape(n * c, -1) @ h.g.reshape(m * k, -1).T
-        return outputs.view(n, c, m, k).mul_(inputs[:, None, :, None])
-    inputs = torch.einsum("nrd,msd->nrms", f.a, h.a)
+        return outputs.view(n, c, m, k).mul_(met[:, None, :, None])
+    met = torch.einsum("nrd,msd->nrms", f.a, h.a)
     if f.bias is not None:
-        inputs += 1
+        met += 1
     outputs = torch.einsum("ncrd,mksd->ncrmks", f.g, h.g)
-    return torch.einsum("nrms,ncrmks->ncmk", inputs, outputs)
+    return torch.einsum("nrms,ncrmks->ncmk", met, outputs)
 
 
 def _dense_full(f: Tensor, h: Tensor) -> Tensor:
@@ -110,9 +118,9 @@ def _dense_full(f: Tensor, h: Tensor) -> Tensor:
 
 
 def _outer_trace(f: Outer, h: Outer) -> Tensor:
-    (n, r, d), (m, s, _) = f.a.shape, h.a.shape
+    (n, r, _), (m, s, _) = f.a.shape, h.a.shape
     if r == 1 and s == 1:
-        inputs = f.a.view(n, d) @ h.a.view(m, d).T
+        inputs = inputs_met(f, h)
         if f.bias is not None:
             inputs += 1
         return inputs.mul_(f.g.reshape(n, -1) @ h.g.reshape(m, -1).T)

@@ -157,7 +157,7 @@ class _Run:
         load_optimizer(state, self.optimizer, old.manifest.optimizer)
         if self.start == total:
             return True
-        self.rng = state.rng_bytes
+        self.rng = state.rng
         if self.scheduler is not None:
             template = self.scheduler.state_dict()
             self.scheduler.load_state_dict(restored(template, state.extra["scheduler"]))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
+import torch
 
 from kxexplain.errors import TrajectoryError
 from kxexplain.trajectory.records import StateRecord, StepRecord
@@ -107,7 +108,7 @@ class Reader:
     def rng(self, step: int) -> RngState:
         """The generator states with which a step of :meth:`rng_steps` began."""
         return {
-            str(device): bytes(state)
+            str(device): torch.frombuffer(bytearray(state), dtype=torch.uint8)
             for device, state in self.rows("SELECT device, state FROM rng WHERE step = ?", step)
         }
 

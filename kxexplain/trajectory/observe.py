@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -116,10 +115,10 @@ class Observer:
         That is the one at its forward pass, if the step drew random numbers and a replay, which
         repeats only the steps, would not have come to the same state (a loader draws, too).
         """
-        before, now = self.rng, rng.capture(self.device)
-        started = before if self._started is None else self._started
-        drew = now != started
-        told = started if drew and any(state != started for state in self._replayed) else None
+        now = rng.capture(self.device)
+        started = self.rng if self._started is None else self._started
+        drew = not rng.same(now, started)
+        told = started if drew and not all(rng.same(state, started) for state in self._replayed) else None
         if drew:
             # Unwatched, it may have been the loop that drew, not the step: then nobody knows.
             self._replayed = [{}] if self._started is None else [now]
@@ -212,9 +211,9 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
     if not gradients:
         return 0.0
     if WIDE.issuperset([g.dtype for g in gradients]):
-        try:  # this runs in every step of somebody's loop: NumPy's product has the least around it
-            return math.sqrt(sum([float(np.vdot(g, g)) for g in [g.numpy() for g in gradients]]))
-        except (TypeError, RuntimeError):  # another device, sparse, part of a graph
+        try:  # this runs in every step of somebody's loop: a product has the least around it
+            return math.sqrt(sum([g.dot(g).item() for g in [g.view(-1) for g in gradients]]))
+        except RuntimeError:  # sparse, not contiguous
             pass
     dense = [g.detach().coalesce().values() if g.is_sparse else g.detach() for g in gradients]
     halves = (torch.float16, torch.bfloat16)

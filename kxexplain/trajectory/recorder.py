@@ -324,9 +324,8 @@ class Recorder:
     def _reopen(self, trajectory: Trajectory, observer: Observer) -> Writer:
         position = len(trajectory)
         state = trajectory.state(position)
-        generators = state.rng_bytes
-        rng.restore(generators, observer.device)
-        observer.begin(position, generators)
+        rng.restore(state.rng, observer.device)
+        observer.begin(position, state.rng)
         epoch, seen = state.extra.get("epoch"), state.extra.get("seen")
         if isinstance(epoch, int) and isinstance(seen, int):
             self._epoch, self._seen = epoch, seen

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from kxexplain.errors import ArgumentError, ReplayError
-from kxexplain.shapes import Tensors
+from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory import rng
 from kxexplain.trajectory.batches import fetch
 from kxexplain.trajectory.forward import Forward, assign, forward, gradients, private_copy
@@ -34,8 +34,8 @@ SMALL = 1e-3
 class Watch(Protocol):
     """Looks on while a step is redone."""
 
-    def forward(self) -> AbstractContextManager[None]:
-        """Entered around the model's forward pass."""
+    def forward(self, inputs: Inputs) -> AbstractContextManager[None]:
+        """Entered around the model's forward pass on these inputs."""
         ...
 
     def edges(self, outputs: Tensor, losses: Tensor, total: Tensor) -> Sequence[GradientEdge]:
@@ -171,13 +171,13 @@ class Replayer:
             targets,
             loss=self._loss,
             reduction=self.trajectory.manifest.reduction,
-            around=None if watch is None else watch.forward(),
+            around=None if watch is None else watch.forward(inputs),
         )
 
     def _load(self, state: State) -> None:
         load_model(state, self.model)
         load_optimizer(state, self.optimizer, self.trajectory.manifest.optimizer)
-        self._rng = state.rng_bytes
+        self._rng = state.rng
         modes = self.trajectory.modes
         _set_modes(self.model, modes[max(step for step in modes if step <= max(state.step, 0))])
         self.position = state.step

@@ -1,6 +1,6 @@
 """The random number generators that a training step can draw from: the CPU's and one device's.
 
-A state is a dict from "cpu" (and, for instance, "cuda") to the generator's bytes.
+A state is a dict from "cpu" (and, for instance, "cuda") to the generator's bytes, as a tensor.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-RngState: TypeAlias = dict[str, bytes]
-"""Generator states by device type, as bytes, which compare and store cheaply."""
+RngState: TypeAlias = dict[str, Tensor]
+"""Generator states by device type, each a tensor of bytes on the CPU that nobody writes into."""
 
 
 def capture(device: torch.device) -> RngState:
@@ -25,18 +25,28 @@ def capture(device: torch.device) -> RngState:
     >>> bool(first == torch.rand(1))
     True
     """
-    state = {"cpu": torch.default_generator.get_state().numpy().tobytes()}
+    state = {"cpu": torch.default_generator.get_state()}
     if device.type != "cpu":
-        state[device.type] = _module(device).get_rng_state(device).cpu().numpy().tobytes()
+        state[device.type] = _module(device).get_rng_state(device).cpu()
     return state
 
 
-def restore(state: Mapping[str, bytes], device: torch.device) -> None:
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two captured states are equal.
+
+    >>> state = capture(torch.device("cpu"))
+    >>> same(state, capture(torch.device("cpu"))), same(state, {})
+    (True, False)
+    """
+    return a.keys() == b.keys() and all(torch.equal(state, b[device]) for device, state in a.items())
+
+
+def restore(state: Mapping[str, Tensor], device: torch.device) -> None:
     """Set the generators to a captured state; one that the state does not hold is left alone."""
     if "cpu" in state:
-        torch.set_rng_state(_tensor(state["cpu"]))
+        torch.default_generator.set_state(state["cpu"])
     if device.type != "cpu" and device.type in state:
-        _module(device).set_rng_state(_tensor(state[device.type]), device)
+        _module(device).set_rng_state(state[device.type], device)
 
 
 @contextmanager
@@ -47,10 +57,6 @@ def fork(device: torch.device) -> Iterator[None]:
         yield
     finally:
         restore(before, device)
-
-
-def _tensor(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _module(device: torch.device) -> Any:

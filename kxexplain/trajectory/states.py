@@ -32,14 +32,9 @@ class State:
     parameters: Tensors
     buffers: Tensors
     optimizer: dict[str, dict[str, Any]]
-    rng: dict[str, Tensor]
+    rng: RngState
     rates: tuple[float, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def rng_bytes(self) -> RngState:
-        """The generators' states as :mod:`kxexplain.trajectory.rng` takes them."""
-        return {device: state.numpy().tobytes() for device, state in self.rng.items()}
 
 
 def capture_state(
@@ -58,7 +53,7 @@ def capture_state(
         parameters={name: p.detach() for name, p in model.named_parameters()},
         buffers=dict(model.named_buffers()) if buffers is None else dict(buffers),
         optimizer={names[id(p)]: dict(values) for p, values in optimizer.state.items()},
-        rng={device: torch.frombuffer(bytearray(data), dtype=torch.uint8) for device, data in rng.items()},
+        rng=rng,
         rates=rates(optimizer),
         extra=extra or {},
     )

@@ -224,7 +224,7 @@ class Writer:
         """Log a step; ``rng`` and ``modes`` (training, frozen) where they differ from before."""
         self._rows.append(row)
         for device, state in (rng or {}).items():
-            self._side.append(("INSERT INTO rng VALUES (?,?,?)", (row.step, device, state)))
+            self._side.append(("INSERT INTO rng VALUES (?,?,?)", (row.step, device, state.numpy().tobytes())))
         if modes is not None:
             values = (row.step, json.dumps(list(modes[0])), json.dumps(list(modes[1])))
             self._side.append(("INSERT INTO modes VALUES (?,?,?)", values))
@@ -276,7 +276,6 @@ class Writer:
         self.states[record.step] = record
         row = (record.step, record.sha256, record.bytes, int(kept))
         self._side.append(("INSERT OR REPLACE INTO states VALUES (?,?,?,?)", row))
-        self.flush()
         for other in [s for s in self.states if s not in self.kept and s < record.step]:
             self.drop_state(other)
 
@@ -286,8 +285,8 @@ class Writer:
         self.flush()
 
     def drop_state(self, step: int) -> None:
-        """Forget a state: first its row, then its file."""
-        self.settle()
+        """Forget a state, once later ones have their rows: first its row, then its file."""
+        self.flush_all()
         record = self.states.pop(step, None)
         if record is None:  # it was replaced by the state just settled
             return
@@ -299,7 +298,7 @@ class Writer:
 
     def release(self, step: int) -> None:
         """Keep a state only until a later one is written."""
-        self.settle()
+        self.flush_all()
         self.kept.discard(step)
         with storage(self.path / LOG):
             self._log.execute("UPDATE states SET kept = 0 WHERE step = ?", (step,))

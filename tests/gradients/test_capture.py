@@ -61,7 +61,7 @@ def test_step_gradients_equal_the_loop(name: str, dtype: torch.dtype) -> None:
     layout = layout_of(model, inputs, trainable(model))
     watch = StepGradients(layout, trainable(model), count(inputs), with_jacobian=True)
     loss = resolve(problem.loss)[1]
-    result = forward(model, inputs, targets, loss=loss, reduction="mean", around=watch.forward())
+    result = forward(model, inputs, targets, loss=loss, reduction="mean", around=watch.forward(inputs))
     edges = watch.edges(*result)
     wanted = list(trainable(model).values())
     found, at_edges = gradients(result.total, wanted, edges)
@@ -86,7 +86,7 @@ def test_step_gradients_under_batch_norm_add_up(name: str, dtype: torch.dtype) -
     layout = layout_of(model, inputs, trainable(model))
     watch = StepGradients(layout, trainable(model), count(inputs))
     loss = resolve(problem.loss)[1]
-    result = forward(model, inputs, targets, loss=loss, reduction="mean", around=watch.forward())
+    result = forward(model, inputs, targets, loss=loss, reduction="mean", around=watch.forward(inputs))
     edges = watch.edges(*result)
     wanted = list(trainable(model).values())
     found, at_edges = gradients(result.total, wanted, edges)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from kxexplain.errors import TrajectoryError
-from kxexplain.trajectory import Replayer, Trajectory, record
+from kxexplain.trajectory import Replayer, Trajectory, record, store
 from kxexplain.trajectory.states import decode, encode
 from tests.trajectory.runs import CASES, build, examples, plain_loop
 
@@ -235,7 +235,8 @@ def test_state_names_are_never_paths(folder):
         Trajectory.open(folder)
 
 
-def test_reading_while_training(tmp_path):
+def test_reading_while_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "FLUSH_SECONDS", 0)
     model, optimizer, scheduler = build(CASES["mlp"])
     seen = []
 
