@@ -161,7 +161,7 @@ class Look:
         self.layer, self.at_edges, self.seen = replayer.model[0], [], []
 
     @contextmanager
-    def forward(self):
+    def forward(self, inputs):
         handle = self.layer.register_forward_hook(lambda module, args, output: self.seen.append(output))
         yield
         handle.remove()
