@@ -30,6 +30,7 @@ from kxexplain.attribution.walk import Segment, bounds, pull_of, share_of, watch
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Factors, scale, size
 from kxexplain.gradients.ordinary import StepGradients
+from kxexplain.gradients.pile import Pile
 from kxexplain.gradients.products import against_dense
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import Replayer
@@ -112,8 +113,11 @@ class BackwardWalk:
         self.parameters, self.layout = watched(replayer)
         replayer.seek(0)
         self.at_start, self.moments_at_start = replayer.copy_state(), self._moments(replayer)
+        self._piles: dict[str, Pile] = {}
+        self.piece = 0
         probe = self._step(replayer, replayer.copy_state(), self._moments(replayer))
         self.piece = max(1, (side.budget // 2) // probe.bytes)
+        """Steps whose gradients are held at once."""
 
     def visit(self, ledger: Ledger) -> None:
         """Fill in the ledger."""
@@ -159,6 +163,8 @@ class BackwardWalk:
 
     def _captured(self, replayer: Replayer, first: int, last: int, states: dict[int, Tensors]) -> list[_Stretch]:
         """The stretches of some replayed steps."""
+        for pile in self._piles.values():  # the piece before this one was dealt with
+            pile.clear()
         edges = [first, *self.bounds[bisect_right(self.bounds, first) : bisect_left(self.bounds, last)], last]
         found = []
         for start, end in pairwise(edges):
@@ -204,10 +210,24 @@ class BackwardWalk:
                     alone[name] -= recursion.applied * moments[name]
         share = share_of(self.trajectory, record)
         jacobian = None if watch.jacobian is None else scale(watch.jacobian, dict.fromkeys(own, share))
+        rows = len(record.indices)
         return _Step(
-            torch.as_tensor(record.indices), watch.factors, pull_of(watch.pull / -share), jacobian,
+            torch.as_tensor(record.indices), self._moved("updates", watch.factors, rows), pull_of(watch.pull / -share),
+            None if jacobian is None else self._moved("jacobian", jacobian, rows),
             record.sign * record.clip, recursions, decaying,
         )  # fmt: skip
+
+    def _moved(self, kind: str, factors: Factors, rows: int) -> Factors:
+        """The factors in memory that every piece uses again.
+
+        Were they left among what a step allocates and frees, each would keep a hole of that size from closing.
+        """
+        if self.piece == 0 or not factors:
+            return factors
+        if kind not in self._piles:
+            self._piles[kind] = Pile(factors, self.piece * rows)
+        pile = self._piles[kind]
+        return pile.moved(factors, rows) if pile.fits(factors, rows) else factors
 
     def _own(self, replayer: Replayer) -> dict[str, torch.nn.Parameter]:
         return {name: replayer.parameters[name] for name in self.parameters}

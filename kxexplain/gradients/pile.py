@@ -31,6 +31,11 @@ class Pile:
             room.fill(place, factor, weight)
         self.rows = place.stop
 
+    def moved(self, factors: Factors, rows: int) -> Factors:
+        """The gradients of one pass, added; valid until :meth:`clear`."""
+        self.add(factors, rows, 1.0)
+        return take(self._room, slice(self.rows - rows, self.rows))
+
     def gathered(self) -> Factors:
         """What was added since the last :meth:`clear`; valid until something is added after it."""
         return take(self._room, slice(0, self.rows))

@@ -31,6 +31,17 @@ def test_gathering_is_joining() -> None:
         assert pile.rows == 6
 
 
+def test_moved_is_the_same_elsewhere() -> None:
+    """Every pass stays as it was while others follow."""
+    pieces = [step(2), step(3)]
+    pile = Pile(pieces[0], 5)
+    moved = [pile.moved(piece, piece[0].rows) for piece in pieces]
+    for piece, other in zip(pieces, moved, strict=True):
+        torch.testing.assert_close(gram(other, other), gram(piece, piece), rtol=0, atol=0)
+        assert isinstance(other[1], Dense)
+        assert other[1].values.untyped_storage().data_ptr() == moved[0][1].values.untyped_storage().data_ptr()
+
+
 def test_what_does_not_fit() -> None:
     pile = Pile(step(2), 4)
     pile.add(step(3), 3, 1.0)
