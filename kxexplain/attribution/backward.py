@@ -28,7 +28,7 @@ from kxexplain.attribution.ledger import Ledger, against
 from kxexplain.attribution.queries import QuerySide
 from kxexplain.attribution.walk import Segment, bounds, pull_of, share_of, watched
 from kxexplain.gradients.discrete import Secant
-from kxexplain.gradients.factors import Factors, scale, size
+from kxexplain.gradients.factors import Factors, scale, size, wide
 from kxexplain.gradients.ordinary import StepGradients
 from kxexplain.gradients.pile import Pile
 from kxexplain.gradients.products import against_dense
@@ -193,13 +193,13 @@ class BackwardWalk:
         record, own = self.trajectory.steps[replayer.position], self._own(replayer)
         held = {name: dict(replayer.optimizer.state.get(p, {})) for name, p in own.items()}
         watch = StepGradients(self.layout, dict(own), len(record.indices), self.jacobian)
-        taken = replayer.advance(watch)
+        taken = watch.accounted(replayer.advance(watch).gradients)
         recursions, decaying = dict.fromkeys(own, STILL), {}
         for group, rate in zip(self.trajectory.manifest.optimizer.groups, record.rates, strict=True):
-            for name in set(group.names) & taken.gradients.keys():
+            for name in set(group.names) & taken.keys():
                 new = replayer.optimizer.state.get(own[name], {})
                 recursions[name] = recursion = self.itemised.rule(group.options, rate, held[name], new)
-                gradient = recursion.sign * record.sign * record.clip * taken.gradients[name]
+                gradient = recursion.sign * record.sign * record.clip * taken[name]
                 if recursion.l2 or recursion.shrink:
                     decaying[name] = alone[name].clone()
                     gradient += recursion.l2 * alone[name]
@@ -353,11 +353,12 @@ class _Costate:
             own = self._write_out()
             self.scratch = self.scratch or {n: torch.empty_like(own[n]) for n in own}
             written = {n: self._dense(n, mixtures[n], self.scratch[n]) for n in names}
-            return against_dense(factors, {n: torch.zeros_like(own[n]) if t is None else t for n, t in written.items()})
+            filled = {n: torch.zeros_like(own[n]) if t is None else t for n, t in written.items()}
+            return against_dense(factors, filled, wide(self.secants[0][1].start))
         total = sum((against(factors, secant) * (weight * first[0]) for weight, secant in self.secants), 0.0)
         for place, later in enumerate(self.later, 1):
             if later and first[place]:
-                total = total + against_dense(factors, later) * first[place]
+                total = total + against_dense(factors, later, wide(self.secants[0][1].start)) * first[place]
         return total  # type: ignore[return-value]
 
     def _dense(self, name: str, mixture: Mixture, out: Tensor | None = None) -> Tensor | None:

@@ -11,7 +11,7 @@ from kxexplain.attribution.queries import QuerySide
 from kxexplain.attribution.result import Explanation, Timeline
 from kxexplain.attribution.walk import Movement, Segment, Updates
 from kxexplain.gradients.discrete import Secant
-from kxexplain.gradients.factors import Factors
+from kxexplain.gradients.factors import Factors, wide
 from kxexplain.gradients.lookup import InputProducts
 from kxexplain.gradients.products import InputsMet, dot, gram, inputs_met
 from kxexplain.shapes import Tensors
@@ -28,7 +28,7 @@ class Ledger:
     def __init__(self, side: QuerySide, examples: int, segments: int, *, kernel: bool, timeline: bool = True) -> None:
         self.side, self.segments = side, segments
         q, c = side.prediction.shape
-        options: dict[str, Any] = {"dtype": _wide(side.prediction), "device": side.prediction.device}
+        options: dict[str, Any] = {"dtype": wide(side.prediction), "device": side.prediction.device}
         # Examples come first while adding up: an update then touches whole rows of memory.
         self.sums = torch.zeros(examples, q, c, **options)
         blocks = c if side.target.components is not None else 1
@@ -115,8 +115,8 @@ class Ledger:
         scalar = side.target.components is None
         narrow = lambda t: (t[..., 0] if scalar else t).to(side.dtype).contiguous()  # noqa: E731
         sums = {name: line.sum(0) for name, line in self.lines.items()}
-        wide = self.sums.dtype
-        remainder = side.prediction.to(wide) - side.baseline.to(wide) - sum(sums.values())
+        dtype = self.sums.dtype
+        remainder = side.prediction.to(dtype) - side.baseline.to(dtype) - sum(sums.values())
         kernel = None
         if self.kernel is not None:
             kernel = self.kernel.transpose(0, 1)
@@ -164,11 +164,6 @@ class Ledger:
         )
 
 
-def _wide(like: Tensor) -> torch.dtype:
-    """The dtype sums are kept in: float64, where the device has it."""
-    return like.dtype if like.device.type == "mps" else torch.float64
-
-
 def _add_rows(sums: Tensor, rows: slice, indices: Tensor, values: Tensor) -> None:
     """Add values to sums[indices, rows], where an index may occur several times."""
     everything = rows.start == 0 and rows.stop == sums.shape[1]
@@ -186,7 +181,7 @@ def _kernel_part(found: Tensor, alpha: Tensor, blocks: Tensor | None) -> Tensor:
 
 def against(factors: Factors, secant: Secant, inputs: InputsMet = inputs_met) -> Tensor:
     """Inner products ⟨gradient_k(x_i), D_c(x)⟩, [m, k, q, c]."""
-    found = gram(factors, secant.factors, inputs)
+    found = gram(factors, secant.factors, inputs, wide(secant.start))
     if secant.correction is None:
         return found
     return found + dot(factors, secant.direction)[..., None, None] * secant.correction

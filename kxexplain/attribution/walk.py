@@ -205,7 +205,7 @@ class Walk:
             before = self.replayer.copy_state() if decaying else {}
             watch = StepGradients(self.layout, self.parameters, len(record.indices), self.jacobian)
             taken = self.replayer.advance(watch)
-            movement.add(parts, taken.gradients, before)
+            movement.add(parts, watch.accounted(taken.gradients), before)
             self._keep(watch, record, parts, segment, visitor)
         self.tick()
 

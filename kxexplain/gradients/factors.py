@@ -202,5 +202,10 @@ def size(factors: Factors) -> int:
     return sum(f.elements * _item(f) for f in factors)
 
 
+def wide(like: Tensor) -> torch.dtype:
+    """The dtype for sums of many terms that nearly cancel: float64, where the device has it."""
+    return like.dtype if like.device.type == "mps" else torch.float64
+
+
 def _item(factor: Factor) -> int:
     return (factor.a if isinstance(factor, Outer) else factor.values).element_size()

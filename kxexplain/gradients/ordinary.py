@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from kxexplain.errors import KxError
 from kxexplain.gradients.capture import Capture, Layout, Run, Use, measure
 from kxexplain.gradients.contacts import ASSEMBLY
-from kxexplain.gradients.factors import Dense, Factors, Outer, merge
+from kxexplain.gradients.factors import Dense, Factors, Outer, merge, wide
 from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory.batches import call, copied, count, leaves, outputs_2d, take
 
@@ -198,6 +198,20 @@ class StepGradients:
         assert pull is not None
         self.factors = self._marked(assemble(self.capture, [uses], self._loose))
         self.pull = outputs_2d(pull)
+
+    def accounted(self, gradients: Tensors) -> Tensors:
+        """What the examples' shares add up to, for the batch's gradients by parameter.
+
+        Where examples nearly cancel (under batch norm) autograd's own sum over the batch rounds by more than what is
+        left: that part of a step belongs to no example. Shares that are not written out are taken to add up.
+        """
+        kept = {name for f in self.factors if isinstance(f, Outer) for name in f.names}
+        sums: Tensors = {}
+        for f in self.factors:
+            if isinstance(f, Dense) and f.weight not in kept:
+                own = f.values.sum((0, 1), dtype=wide(f.values))
+                sums[f.weight] = sums[f.weight] + own if f.weight in sums else own
+        return {n: sums[n].to(g.dtype).view_as(g) if n in sums else g for n, g in gradients.items()}
 
     def _marked(self, factors: Factors) -> Factors:
         """The factors, those whose ``a`` is the batch itself marked as raw."""

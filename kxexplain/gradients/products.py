@@ -25,18 +25,21 @@ def inputs_met(f: Outer, h: Outer) -> Float[Tensor, "n m"]:
     return f.a.view(len(f.a), -1) @ h.a.view(len(h.a), -1).T
 
 
-def gram(left: Factors, right: Factors, inputs: InputsMet = inputs_met) -> Float[Tensor, "n c m k"]:
+def gram(
+    left: Factors, right: Factors, inputs: InputsMet = inputs_met, dtype: torch.dtype | None = None
+) -> Float[Tensor, "n c m k"]:
     """All inner products between two sets of per-example gradients, every output with every output.
 
     Args:
         left: gradients of n examples with c outputs each.
         right: gradients of m examples with k outputs each.
         inputs: gives a new tensor of the inner products of the inputs, if they are known already.
+        dtype: in which to add up the uses' products, if not in their own.
 
     Returns:
         [n, c, m, k]; summed over all parameters that both sides have, zero if there are none.
     """
-    return _accumulate(left, right, partial(_outer_full, inputs=inputs), _dense_full)
+    return _accumulate(left, right, partial(_outer_full, inputs=inputs), _dense_full, dtype)
 
 
 def gram_trace(left: Factors, right: Factors) -> Float[Tensor, "n m"]:
@@ -47,7 +50,9 @@ def gram_trace(left: Factors, right: Factors) -> Float[Tensor, "n m"]:
     return _accumulate(left, right, _outer_trace, _dense_trace)
 
 
-def _accumulate(left: Factors, right: Factors, outer, dense) -> Tensor:  # type: ignore[no-untyped-def]
+def _accumulate(  # type: ignore[no-untyped-def]
+    left: Factors, right: Factors, outer, dense, dtype: torch.dtype | None = None
+) -> Tensor:
     total: Tensor | None = None
     for f, h in _pairs(left, right):
         if isinstance(f, Outer) and isinstance(h, Outer):
@@ -56,7 +61,7 @@ def _accumulate(left: Factors, right: Factors, outer, dense) -> Tensor:  # type:
             assert isinstance(f, Dense)
             assert isinstance(h, Dense)
             term = dense(f.values, h.values)
-        total = term if total is None else total.add_(term)
+        total = term.to(dtype or term.dtype) if total is None else total.add_(term)
     return outer(_nothing(left[0]), _nothing(right[0])) if total is None else total
 
 
@@ -163,16 +168,19 @@ def _outer_dot(f: Outer, direction: Mapping[str, Tensor]) -> Tensor | None:
     return None if pushed is None else (f.g * pushed[:, None]).sum((-1, -2))
 
 
-def against_dense(factors: Factors, tensors: Mapping[str, Tensor]) -> Float[Tensor, "n c m k"]:
+def against_dense(
+    factors: Factors, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> Float[Tensor, "n c m k"]:
     """Inner products with m × k dense vectors, given by parameter as [m, k, p]; parameters they lack count as 0.
 
-    ⟨U, g aᵀ⟩ = gᵀ U a: the vectors meet the factors, which are not written out.
+    ⟨U, g aᵀ⟩ = gᵀ U a: the vectors meet the factors, which are not written out. The uses' products are added up in
+    ``dtype``, if not in their own.
     """
     m, k, _ = next(iter(tensors.values())).shape
     total: Tensor | None = None
     for f in factors:
         for term in _against_dense(f, tensors, m * k):
-            total = term if total is None else total.add_(term)
+            total = term.to(dtype or term.dtype) if total is None else total.add_(term)
     if total is None:
         first = _nothing(factors[0])
         total = first.g.new_zeros(*first.g.shape[:2], m * k)

@@ -2,10 +2,11 @@
 
 MNIST-5k (4,000 training examples), SGD 0.1, batch 64, 2 threads. An MLP 784-128-64-10 ReLU in two loops: "loader", as
 loops are usually written (a DataLoader that shuffles and collates), and "tensors", the tightest possible (rows of
-whole tensors); and in the former a small CNN ("cnn"), whose steps take longer. Two copies of the loop run side by side, an epoch of the plain one and an epoch of the recorded one in
-turn, so that what else the machine does meets both alike. Reported: the median over epochs of recorded / plain
-(``ratio_epoch``), and the same with what recording costs once (the checks and the fingerprint before, the first state
-and the closing) spread over a run of 15 epochs (``ratio``, the one the limit is for).
+whole tensors); and in the former a small CNN ("cnn"), whose steps take longer. Two copies of the loop run side by side,
+an epoch of the plain one and an epoch of the recorded one in turn, so that what else the machine does meets both alike.
+Reported: the median over epochs of recorded / plain (``ratio_epoch``), and the same with what recording costs once (the
+checks and the fingerprint before, the first state and the closing) spread over a run of 15 epochs (``ratio``, the one
+the limit is for).
 
     .venv/bin/python tests/benchmarks/recording_overhead.py [--epochs 30]
 """

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kxexplain.gradients import Factors, StepGradients, layout_of, output_gradients, trainable
 from kxexplain.gradients.capture import Capture
+from kxexplain.gradients.factors import Dense
 from kxexplain.trajectory.batches import call, count, outputs_2d, take
 from kxexplain.trajectory.forward import forward, gradients
 from kxexplain.trajectory.losses import resolve
@@ -71,6 +72,9 @@ def test_step_gradients_equal_the_loop(name: str, dtype: torch.dtype) -> None:
     mine = written_out(watch.factors, model)
     assert_close(mine[:, 0], each, FACTORED[dtype])
     assert_close(mine.sum((0, 1)), reference.flat(found, wanted), FACTORED[dtype])
+    named = {k: g for k, g in zip(trainable(model), found, strict=True) if g is not None}
+    accounted = watch.accounted(named)
+    assert_close(reference.flat([accounted.get(k) for k in trainable(model)], wanted), each.sum(0), FACTORED[dtype])
     assert watch.jacobian is not None
     dense = reference.jacobian(model, inputs)
     assert_close(written_out(watch.jacobian, model), dense, FACTORED[dtype])
@@ -237,3 +241,24 @@ def test_select_differentiates_what_it_returns() -> None:
     values, factors = output_gradients(model, x, layout, select)
     assert values.shape == (4, 2)
     assert_close(written_out(factors, model), reference.jacobian(model, x, select), 1e-12)
+
+
+def test_what_cancels_is_accounted_as_the_shares_are() -> None:
+    """Of large terms that cancel, autograd's sum leaves noise of its own; the accounts hold the shares' sum."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    inputs, targets = torch.randn(64, 64) * 100, torch.zeros(64)
+    watch = StepGradients(layout_of(model, inputs, trainable(model)), trainable(model), 64)
+    result = forward(
+        model, inputs, targets, loss=lambda f, _: (1e4 * f + f.square()).sum(1), reduction="sum",
+        around=watch.forward(inputs),
+    )  # fmt: skip
+    (weight, *_), at_edges = gradients(result.total, [model[1].weight], watch.edges(*result))
+    watch.collect(at_edges)
+    (shares,) = (f.values for f in watch.factors if isinstance(f, Dense) and f.weight == "1.weight")
+    assert weight is not None
+    exact = shares.double().sum((0, 1)).view_as(weight)
+    accounted = watch.accounted({"1.weight": weight})["1.weight"]
+    assert accounted.dtype == weight.dtype
+    assert float((accounted - exact).abs().max()) <= 1e-7 * float(exact.abs().max())
+    assert float((weight - exact).abs().max()) > 10 * float((accounted - exact).abs().max())
