@@ -1,7 +1,7 @@
 # make demo    train on digits, explain, retrieve, compare: pictures and summary.json in runs/demo
 # make test    all fast tests          make slow    the slow ones
 # make check   format, lint, types, layers
-# make bench   time and memory, against the stated limits
+# make bench   time and memory, against the stated limits (one of them: make bench BENCHMARKS=explaind)
 # make clean   remove what runs and tools wrote (the virtual environment stays)
 #
 # Each target installs what it needs on its first run. Another Python: make test PYTHON=python3.12
@@ -14,6 +14,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 pytho
 	$(shell $(p) -c '$(NEW_ENOUGH)' 2>/dev/null && echo $(p))))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # Two test processes on one thread each are faster than each of them on all threads.
+BENCHMARKS ?= recording_overhead explain_speed tangent_gram adam_speed explaind fashion
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 export MPLBACKEND := Agg
@@ -32,7 +33,7 @@ slow: $(VENV)/.installed-test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m slow --timeout 1800 $(ARGS)
 
 bench: $(VENV)/.installed-test $(VENV)/.installed-bench
-	$(BIN)/python -m pytest -m benchmark -s --timeout 3600 $(ARGS)
+	for script in $(BENCHMARKS); do $(BIN)/python -m tests.benchmarks.$$script || exit 1; done
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

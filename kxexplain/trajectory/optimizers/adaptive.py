@@ -6,7 +6,7 @@ from kxexplain.trajectory.optimizers.recursion import Recursion, Values
 
 
 def adagrad(options: Values, rate: float, before: Values, after: Values) -> Recursion:
-    """P ← p − η/(1 + (t − 1) δ) · g / (√Σg² + ε). Duchi, Hazan & Singer 2011."""
+    """Without a moment: p ← p − η/(1 + (t − 1) δ) · g / (√Σg² + ε). Duchi, Hazan & Singer 2011."""
     rate = rate / (1 + (float(after["step"]) - 1) * float(options.get("lr_decay", 0)))
     return Recursion(
         direct=rate / (after["sum"].sqrt() + float(options["eps"])),
@@ -16,7 +16,7 @@ def adagrad(options: Values, rate: float, before: Values, after: Values) -> Recu
 
 
 def rmsprop(options: Values, rate: float, before: Values, after: Values) -> Recursion:
-    """P ← p − η g / (√v + ε), centred (v less the squared mean gradient) or not; with momentum b ← μ b + g/(√v + ε)."""
+    """Without momentum p ← p − η g / (√v + ε), centred (v less the squared mean gradient) or not; with momentum b ← μ b + g/(√v + ε)."""
     squares = after["square_avg"]
     if options.get("centered"):
         squares = squares - after["grad_avg"].square()
