@@ -16,7 +16,10 @@ def adagrad(options: Values, rate: float, before: Values, after: Values) -> Recu
 
 
 def rmsprop(options: Values, rate: float, before: Values, after: Values) -> Recursion:
-    """Without momentum p ← p − η g / (√v + ε), centred (v less the squared mean gradient) or not; with momentum b ← μ b + g/(√v + ε)."""
+    """Without momentum p ← p − η g / (√v + ε); with momentum b ← μ b + g/(√v + ε), p ← p − η b.
+
+    Centred, v is less the squared mean gradient.
+    """
     squares = after["square_avg"]
     if options.get("centered"):
         squares = squares - after["grad_avg"].square()
