@@ -115,6 +115,11 @@ class BackwardWalk:
         probe = self._step(replayer, replayer.copy_state(), self._moments(replayer))
         self.piece = max(1, (side.budget // 2) // probe.bytes)
 
+    @property
+    def drift(self) -> float | None:
+        """How far replay has come off the recorded states."""
+        return self.replayer.drift
+
     def visit(self, ledger: Ledger) -> None:
         """Fill in the ledger."""
         for rows in self._portions():
