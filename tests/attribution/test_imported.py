@@ -171,15 +171,15 @@ def test_sums_and_means(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "least", "most_left"),
     [
-        (lambda p: torch.optim.SGD(p, lr=0.1), 0.9, 0.6),
-        pytest.param(lambda p: torch.optim.SGD(p, lr=0.02), 0.99, 0.1, marks=slow),
-        pytest.param(lambda p: torch.optim.Adam(p, lr=1e-3), 0.9, 0.6, marks=slow),
+        (lambda p: torch.optim.SGD(p, lr=0.1), 0.95, 0.2),
+        pytest.param(lambda p: torch.optim.SGD(p, lr=0.02), 0.99, 0.25, marks=slow),
+        pytest.param(lambda p: torch.optim.Adam(p, lr=1e-3), 0.85, 0.6, marks=slow),
     ],
     ids=["sgd", "sgd, small steps", "adam"],
 )
 def test_contributions_are_like_the_recorded_ones(make: Any, least: float, most_left: float, tmp_path: Path) -> None:
-    """Digits, a checkpoint an epoch. Measured correlations of the least alike query: 0.957, 1.000, 0.976; unattributed
-    42 %, 4 %, 46 % of the change, after 10 epochs; here after 4."""
+    """Digits, four epochs, a checkpoint an epoch. Measured correlations of the least alike query: 0.987, 0.999, 0.918;
+    unattributed 8 %, 15 %, 49 % of the change."""
     digits = kx.datasets.digits()
     data = TensorDataset(digits.train.tensors[0].double(), digits.train.tensors[1])
     queries = TensorDataset(digits.test.tensors[0][:8].double(), digits.test.tensors[1][:8])
