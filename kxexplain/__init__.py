@@ -27,18 +27,19 @@ from kxexplain.errors import (
     TargetError,
     TrainingError,
     TrajectoryError,
+    UnattributedWarning,
 )
 from kxexplain.kernels import path_kernel, tangent_kernel
 from kxexplain.learning.comparison import Comparison
 from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import train
 from kxexplain.search import GradientIndex, Neighbors
-from kxexplain.trajectory import Recorder, Trajectory, record
+from kxexplain.trajectory import Recorder, Trajectory, import_checkpoints, record
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - grouped by what they are for
     # record
-    "train", "record", "Recorder", "Trajectory",
+    "train", "record", "import_checkpoints", "Recorder", "Trajectory",
     # explain
     "explain", "Explanation", "Ranking", "Timeline",
     # kernels
@@ -47,7 +48,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "GradientIndex", "Neighbors", "compare_svm", "Comparison",
     # data
     "datasets",
-    # errors
+    # errors and the warning
     "KxError", "ArgumentError", "DatasetError", "IndexFileError", "MissingExtraError", "ModelError", "ReplayError",
-    "TargetError", "TrainingError", "TrajectoryError",
+    "TargetError", "TrainingError", "TrajectoryError", "UnattributedWarning",
 ]  # fmt: skip

@@ -49,3 +49,7 @@ class IndexFileError(KxError, OSError):
 
 class MissingExtraError(KxError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+class UnattributedWarning(UserWarning):
+    """A part of the bill is no example's: the message says how large it is, and the likely cause."""

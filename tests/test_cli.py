@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kxexplain.attribution import Explanation
@@ -19,7 +20,7 @@ from kxexplain.cli.console import numbers
 from kxexplain.search import GradientIndex
 from kxexplain.trajectory import Trajectory
 
-COMMANDS = ("demo", "train", "explain", "neighbors", "compare", "verify", "info")
+COMMANDS = ("demo", "train", "import", "explain", "neighbors", "compare", "verify", "info")
 FRESH = count()
 
 MINE = """
@@ -245,6 +246,42 @@ def test_optimisers_with_a_memory_are_itemised(optimizer: tuple[str, ...]) -> No
     assert read("verify", "run", "--examples", "2")["passed"] is True
     assert "SGD without momentum" in fails(1, "neighbors", "run")
     assert "neither line nor charged" in fails(2, "explain", "run", "--decay", "spread")
+
+
+def test_what_is_unattributed_is_said_in_one_line(tmp_path: Path) -> None:
+    """On stderr, so that --json stays JSON; without file names or code of the library's."""
+    options = ("--data", "toy", "--model", "mlp-6", "--epochs", "2", "--lr", "0.02")
+    read("train", *options, "--out", "run", "--optimizer", "nadam")
+    for extra in ((), ("--json",)):
+        result = CliRunner().invoke(app, ["explain", "run", "--queries", "0,1", *extra], catch_exceptions=False)
+        assert result.exit_code == 0
+        (line,) = [part for part in result.stderr.splitlines() if part]
+        assert line.startswith("kxexplain: note: the bill's line 'unattributed' is 100 % of the change")
+        assert "(2-norms over the 2 queries): how NAdam turns gradients into steps is not itemised" in line
+    assert json.loads(result.stdout)["queries"][0]["unattributed"] != 0
+
+
+def test_checkpoints_are_imported(run: Path, tmp_path: Path) -> None:
+    """The states of a run as bare checkpoints: imported, explained, verified, told about."""
+    trajectory = Trajectory.open(run)
+    paths = [tmp_path / "saved" / f"epoch-{s.step}.pt" for s in trajectory.states]
+    (tmp_path / "saved").mkdir()
+    for path, state in zip(paths, trajectory.states, strict=True):
+        torch.save(trajectory.state(state.step).parameters, path)
+    options = ("--data", "toy", "--model", "mlp-6")
+    made = read("import", "saved", *options, "--out", "old")
+    assert made["checkpoints"] == [path.name for path in paths]
+    assert len(made["losses"]) == len(made["rates"]) == len(paths) - 1
+    shown = ok("import", *paths, *options, "--out", "old", "--overwrite", "--lr", "0.5", "--steps", "4")
+    assert "kxexplain explain old" in " ".join(shown.split())
+    assert read("info", "old")["step_log"] is False
+    result = call("explain", "old", "--json")
+    assert "made of checkpoints" in result.stderr
+    assert json.loads(result.stdout)["queries"][0]["contributions"] != 0
+    checked = read("verify", "old", "--examples", "2")
+    assert checked["passed"] is True
+    assert [check["passed"] for check in checked["checks"]] == [True, True, True, None, True]
+    assert "at least two" in fails(1, "import", paths[0], *options, "--out", "new")
 
 
 @pytest.mark.parametrize("target", ["predicted", "label", "margin", "loss", "1"])

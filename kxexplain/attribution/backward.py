@@ -119,6 +119,11 @@ class BackwardWalk:
         self.piece = max(1, (side.budget // 2) // probe.bytes)
         """Steps whose gradients are held at once."""
 
+    @property
+    def drift(self) -> float | None:
+        """How far replay has come off the recorded states."""
+        return self.replayer.drift
+
     def visit(self, ledger: Ledger) -> None:
         """Fill in the ledger."""
         for rows in self._portions():

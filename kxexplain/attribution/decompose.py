@@ -7,20 +7,23 @@ length. Kernel form: K(x, x_i) = Σ_t w ⟨D_t(x), ∇f(x_i; θ_t)⟩ and α_i(x
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from kxexplain.attribution.backward import BackwardWalk
+from kxexplain.attribution.chords import ChordWalk
 from kxexplain.attribution.ledger import Ledger
 from kxexplain.attribution.queries import QuerySide
 from kxexplain.attribution.result import Explanation
 from kxexplain.attribution.targets import TargetSpec
+from kxexplain.attribution.unattributed import unattributed_part
 from kxexplain.attribution.walk import Walk, bounds
-from kxexplain.errors import ArgumentError
+from kxexplain.errors import ArgumentError, UnattributedWarning
 from kxexplain.kernels import quadrature
 from kxexplain.shapes import Examples, Inputs
 from kxexplain.trajectory import Replayer, Trajectory, split
@@ -44,7 +47,7 @@ def explain(
     """Itemise predictions over the training examples, exactly.
 
     Args:
-        trajectory: the recorded training.
+        trajectory: the recorded training, or imported checkpoints (:func:`kxexplain.import_checkpoints`).
         model: a model of the recorded architecture; only its code is used, and it is not changed.
         dataset: the training examples, as recorded.
         queries: a tensor of inputs [q, …] (or a tuple or dict of them), or a dataset of (input, target).
@@ -52,8 +55,8 @@ def explain(
             the result gains an output axis) or a function from outputs [q, C] to [q].
         rule: ``"discrete"`` is exact; ``"start"`` (TracIn), ``"midpoint"`` and ``"gauss-m"`` are approximations for
             comparison, and leave a remainder.
-        stride: steps per segment on the query's side; one segment per recorded state if ``None``. Never costs
-            exactness, only how closely each step's own path is followed.
+        stride: steps (of imported checkpoints: chords) per segment on the query's side; one segment per recorded state
+            if ``None``. Never costs exactness, only how closely each step's own path is followed.
         decay: weight decay is a ``"line"`` of the bill, or ``"charged"`` to the updates that it erodes; what it does to
             the initial parameters then stays as the regulariser's line.
         kernel: also accumulate the path kernel, from which α follows. With ``target="all"`` that takes a backward
@@ -64,12 +67,16 @@ def explain(
     Returns:
         The bill of every query.
 
+    Warns:
+        UnattributedWarning: a part of the bill is no example's, and more than rounding: how large it is, and why.
+
     Raises:
         ModelError: not the recorded architecture, or one whose outputs are not the same twice or depend on the other
             queries.
         DatasetError: not the recorded examples, no queries, or queries that the model cannot take.
         TargetError: the target does not exist.
-        ArgumentError: an unknown rule, stride, amount of memory or way of accounting for decay.
+        ArgumentError: an unknown rule, stride, amount of memory or way of accounting for decay; charged decay of
+            imported checkpoints, which nobody knows.
         ReplayError: the log does not lead to the recorded states.
 
     Source: discrete gradients, Gonzalez 1996; the kernel form, Domingos 2020 (arXiv 2012.00152).
@@ -87,17 +94,38 @@ def explain(
     bounds(trajectory, stride)
     if decay not in ("line", "charged"):
         raise ArgumentError(f'got decay={decay!r}; expected "line" or "charged"')
-    with Replayer(trajectory, model, dataset) as replayer, progress_bar(progress, len(trajectory)) as tick:
-        jacobian = kernel and side.target.components is not None
-        walk: Walk | BackwardWalk
+    if decay == "charged" and not trajectory.manifest.logged:
+        raise ArgumentError(
+            f'{trajectory.path} was made of checkpoints: nobody knows its decay; leave out decay="charged"'
+        )
+    jacobian = kernel and side.target.components is not None
+    with progress_bar(progress, len(trajectory)) as tick, ExitStack() as stack:
+        walk: Walk | ChordWalk | BackwardWalk
         if remembers(trajectory, decay):
-            charge = decay == "charged"
+            replayer, charge = stack.enter_context(Replayer(trajectory, model, dataset)), decay == "charged"
             walk = BackwardWalk(replayer, side, stride=stride, jacobian=jacobian, charge=charge, tick=tick)
         else:
-            walk = Walk(replayer, stride=stride, budget=side.budget // 2, jacobian=jacobian, tick=tick)
+            options: dict[str, Any] = {"stride": stride, "budget": side.budget // 2, "jacobian": jacobian, "tick": tick}
+            walk = stack.enter_context(forward_walk(trajectory, model, dataset, **options))
         ledger = Ledger(side, trajectory.manifest.dataset.count, len(walk.bounds) - 1, kernel=kernel)
         walk.visit(ledger)
-    return ledger.explanation(trajectory, dataset, walk.bounds, replayer.drift)
+    explanation = ledger.explanation(trajectory, dataset, walk.bounds, walk.drift)
+    left = unattributed_part(explanation, trajectory)
+    if left is not None:
+        warnings.warn(left, UnattributedWarning, stacklevel=2)
+    return explanation
+
+
+@contextmanager
+def forward_walk(
+    trajectory: Trajectory, model: nn.Module, dataset: Examples, **options: Any
+) -> Iterator[Walk | ChordWalk]:
+    """A pass from the start to the end: with replay, or along the chords between imported checkpoints."""
+    if not trajectory.manifest.logged:
+        yield ChordWalk(trajectory, model, dataset, **options)
+        return
+    with Replayer(trajectory, model, dataset) as replayer:
+        yield Walk(replayer, **options)
 
 
 def remembers(trajectory: Trajectory, decay: str) -> bool:
@@ -118,8 +146,7 @@ def contributions_of(
 ) -> Tensor:
     """Exact contributions of some examples only, [q, k], in the order given: re-ranks a search's candidates."""
     side = QuerySide.prepare(trajectory, model, queries, target, quadrature.rule("discrete"), parse_bytes("1GB"))
-    with Replayer(trajectory, model, dataset) as replayer:
-        walk = Walk(replayer, budget=side.budget // 2, examples=examples)
+    with forward_walk(trajectory, model, dataset, budget=side.budget // 2, examples=examples) as walk:
         ledger = Ledger(side, trajectory.manifest.dataset.count, len(walk.bounds) - 1, kernel=False, timeline=False)
         walk.visit(ledger)
     return ledger.contributions[:, examples, 0].to(side.dtype)

@@ -109,7 +109,7 @@ class Ledger:
                     if direction:
                         self.enter(line, segment, rows, secant.along(direction) * weight)
 
-    def explanation(self, trajectory: Trajectory, dataset: Any, borders: list[int], drift: float) -> Explanation:
+    def explanation(self, trajectory: Trajectory, dataset: Any, borders: list[int], drift: float | None) -> Explanation:
         """The finished bill."""
         side = self.side
         scalar = side.target.components is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -171,14 +170,14 @@ class Walk:
         if examples is not None:
             self.wanted = torch.zeros(self.trajectory.manifest.dataset.count, dtype=torch.bool)
             self.wanted[examples] = True
-        self.itemised = self._split(0) is not None
-        if not self.itemised:
-            name = self.trajectory.manifest.optimizer.name
-            message = f"how {name} turns gradients into steps is not itemised: its movement is unattributed"
-            warnings.warn(message, stacklevel=4)
         self.parameters, self.layout = watched(replayer)
         replayer.seek(0)
-        self._visits = _Visits()
+        self._visits = Visits()
+
+    @property
+    def drift(self) -> float | None:
+        """How far replay has come off the recorded states."""
+        return self.replayer.drift
 
     def _split(self, step: int) -> Split | None:
         return split(self.trajectory.manifest.optimizer, self.trajectory.steps[step])
@@ -257,7 +256,7 @@ class Walk:
         return find
 
 
-class _Visits:
+class Visits:
     """Several steps' examples: their updates, and how their losses pulled on the outputs."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The commands: ``kxexplain demo | train | explain | neighbors | compare | verify | info``.
+"""The commands: ``kxexplain demo | train | import | explain | neighbors | compare | verify | info``.
 
 Each one parses its options, calls the library, and prints: a table to read, or one JSON document with ``--json``.
 """
@@ -11,6 +11,7 @@ from kxexplain.cli.comparing import command as compare
 from kxexplain.cli.console import Commands
 from kxexplain.cli.demo import command as demo
 from kxexplain.cli.explaining import command as explain
+from kxexplain.cli.importing import command as import_
 from kxexplain.cli.info import command as info
 from kxexplain.cli.neighbors import command as neighbors
 from kxexplain.cli.training import command as train
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo)
 app.command("train")(train)
+app.command("import")(import_)
 app.command("explain")(explain)
 app.command("neighbors")(neighbors)
 app.command("compare")(compare)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +16,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from kxexplain.errors import KxError, TrajectoryError
+from kxexplain.errors import KxError, TrajectoryError, UnattributedWarning
 
 Run = Annotated[Path, typer.Argument(help="Folder of a recorded training.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -32,12 +34,16 @@ Target = Annotated[str, typer.Option("--target", help="An output's number, predi
 
 
 class Commands(TyperGroup):
-    """A group of commands whose expected errors become one line on stderr and exit code 1; Ctrl-C ends with 130."""
+    """A group of commands whose expected errors become one line on stderr and exit code 1; Ctrl-C ends with 130.
+
+    The library's own warning becomes a line on stderr, too.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         try:
-            return super().invoke(ctx)
+            with warnings_in_one_line():
+                return super().invoke(ctx)
         except BrokenPipeError:  # `kxexplain … | head`: nobody reads on
             raise
         except (KxError, OSError) as error:
@@ -46,6 +52,23 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("kxexplain: stopped", err=True)
             raise typer.Exit(130) from None
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Inside the block the library's own warning is a line on stderr, without the place in the code that gave it."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
+            if issubclass(category, UnattributedWarning):
+                typer.echo(f"kxexplain: note: {message}", err=True)
+            else:
+                shown(message, category, *rest, **options)
+
+        warnings.simplefilter("always", UnattributedWarning)
+        warnings.showwarning = show
+        yield
 
 
 def emit(as_json: bool, values: Mapping[str, Any], *shown: Any) -> None:

@@ -26,7 +26,7 @@ from kxexplain.trajectory.describe import check_budget, describe
 from kxexplain.trajectory.forward import assign, forward, gradients
 from kxexplain.trajectory.losses import resolve
 from kxexplain.trajectory.sameness import check_same
-from kxexplain.trajectory.signature import describe_model
+from kxexplain.trajectory.signature import describe_model, own_class
 from kxexplain.trajectory.states import load_model, load_optimizer
 from kxexplain.trajectory.store import check_free, folder, is_trajectory
 from kxexplain.trajectory.trial import rehearse
@@ -58,8 +58,8 @@ def train(
         dataset: a map-style dataset of (input, target) whose order is fixed.
         loss: a name of :data:`kxexplain.trajectory.LOSSES`, or a function giving one loss per
             example; the mean over the batch is minimised.
-        optimizer: of ``torch.optim``, over the model's parameters; or a function that makes one
-            from parameters. Default: SGD with learning rate 0.1.
+        optimizer: over the model's parameters, of ``torch.optim`` or a class of your own; or a function that makes
+            one from parameters. Default: SGD with learning rate 0.1.
         epochs: passes over the dataset, each in an order that (seed, epoch) determines.
         batch_size: examples per step; the last batch of an epoch may be smaller.
         seed: of the order, and of torch's generators (dropout) while training.
@@ -105,10 +105,10 @@ def train(
             old.check_model(model)
             check_same(old.manifest, manifest, stepped=scheduler is not None)
             if run.restore(old):
-                return old
+                return Trajectory.open(path, loss if callable(loss) else None, own_class(ready))
         else:
             check_free(path, overwrite=overwrite)
-            rehearse(model, manifest, dataset, run.sizes(), run.loss)
+            rehearse(model, manifest, dataset, run.sizes(), run.loss, own_class(ready))
         run.train(progress=progress)
     return recorder.trajectory
 

@@ -18,16 +18,16 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from kxexplain.attribution.decompose import progress_bar, remembers
+from kxexplain.attribution.decompose import forward_walk, progress_bar, remembers
 from kxexplain.attribution.queries import QuerySide, moving_names
 from kxexplain.attribution.targets import resolve_target
-from kxexplain.attribution.walk import Movement, Segment, Updates, Walk, bounds
+from kxexplain.attribution.walk import Movement, Segment, Updates, bounds
 from kxexplain.errors import ArgumentError
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Dense
 from kxexplain.gradients.projection import Projection
 from kxexplain.shapes import Examples
-from kxexplain.trajectory import Replayer, Trajectory, fetch, split
+from kxexplain.trajectory import Trajectory, fetch, split
 from kxexplain.trajectory.records import OptimizerRecord
 
 
@@ -80,22 +80,25 @@ def update_features(
         ReplayError: the log does not lead to the recorded states.
     """
     optimizer = trajectory.manifest.optimizer
-    if split(optimizer, trajectory.steps[0]) is None:
+    if trajectory.manifest.logged and split(optimizer, trajectory.steps[0]) is None:
         instead = ", or ask kx.explain, which itemises this one" if remembers(trajectory, "line") else ""
         raise ArgumentError(
             f"the trajectory's optimiser is {_described(optimizer)}, but the index takes SGD without momentum "
             "only, whose every step is the sum of its own examples' updates; train with "
             f"torch.optim.SGD(..., momentum=0){instead}"
         )
-    with Replayer(trajectory, model, dataset) as replayer, progress_bar(progress, len(trajectory)) as tick:
-        visitor = UpdateFeatures(projection, trajectory.manifest.dataset.count)
-        Walk(replayer, tick=tick).visit(visitor)
+    visitor = UpdateFeatures(projection, trajectory.manifest.dataset.count)
+    with (
+        progress_bar(progress, len(trajectory)) as tick,
+        forward_walk(trajectory, model, dataset, tick=tick) as walk,
+    ):
+        walk.visit(visitor)
     return visitor.features
 
 
 def _described(optimizer: OptimizerRecord) -> str:
     """An optimiser's name, and for SGD what makes it another than the plain one."""
-    return "SGD with momentum" if optimizer.name == "SGD" else optimizer.name
+    return "SGD with momentum" if optimizer.name == "SGD" else optimizer.title
 
 
 def recorded_segments(trajectory: Trajectory, device: torch.device) -> Iterator[Segment]:

@@ -1,11 +1,13 @@
 """The trajectory: what training went through, recorded, stored and replayed.
 
-``record`` is what a loop calls and gives a :class:`Recorder`; :class:`Trajectory` opens the folder
+``record`` is what a loop calls and gives a :class:`Recorder`; ``import_checkpoints`` makes do with what an unrecorded
+training left; :class:`Trajectory` opens the folder
 it writes; :class:`Replayer` redoes its steps; ``split`` says how an optimiser's step divides.
 """
 
 from kxexplain.trajectory.batches import call, count, fetch, outputs_2d, take
 from kxexplain.trajectory.fingerprints import Fingerprint, fingerprint
+from kxexplain.trajectory.importing import import_checkpoints
 from kxexplain.trajectory.losses import LOSSES, LossFunction, check_losses, resolve
 from kxexplain.trajectory.recorder import Recorder, record
 from kxexplain.trajectory.records import (
@@ -45,6 +47,7 @@ __all__ = [
     "count",
     "fetch",
     "fingerprint",
+    "import_checkpoints",
     "outputs_2d",
     "record",
     "resolve",

@@ -50,14 +50,15 @@ def describe(
         reduction=reduction,
         seed=seed,
         keep=str(keep),
-        versions=_versions(),
+        versions=versions(),
         device=str(next(model.parameters()).device),
         threads=torch.get_num_threads(),
         settings=settings or {},
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on, by name."""
     try:
         own = version("kxexplain")
     except PackageNotFoundError:

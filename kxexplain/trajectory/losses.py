@@ -89,7 +89,7 @@ LOSSES: dict[str, LossFunction] = {
 """The losses that have a name, and can therefore be found again from a manifest."""
 
 OWN = "own:"
-"""Begins the recorded name of a loss that was a function of the caller's."""
+"""Begins the recorded name of a loss, or of an optimiser's class, that was the caller's own."""
 
 
 def resolve(loss: str | LossFunction) -> tuple[str, LossFunction]:

@@ -22,6 +22,7 @@ from kxexplain.trajectory.losses import LossFunction
 from kxexplain.trajectory.observe import Observer
 from kxexplain.trajectory.records import Manifest
 from kxexplain.trajectory.sameness import check_same
+from kxexplain.trajectory.signature import own_class
 from kxexplain.trajectory.states import State, capture_state, encode, finite, load_model, load_optimizer, owned
 from kxexplain.trajectory.store import Row, Writer, check_free, folder, is_trajectory, prepare
 from kxexplain.trajectory.trajectory import Trajectory
@@ -55,9 +56,10 @@ def record(
     ``seed`` is only noted. With ``resume`` a run that was interrupted goes on: model, optimiser and random generators
     are set to its last state, and the loop continues with batch number ``recorder.position``; where ``out`` holds no
     run yet, one begins. A learning-rate scheduler of the loop's own is not recorded, and the loop must restore it
-    itself. Everything is checked at the call: ``ModelError``, ``DatasetError``, ``ArgumentError``, or
-    ``TrajectoryError`` if ``out`` cannot be used. Files are written, or with ``overwrite`` removed, on entering the
-    ``with`` block.
+    itself. An optimiser's class may be your own, if its ``step()`` takes no closure and its parameter groups hold the
+    arguments that its constructor needs; it is passed again to ``Trajectory.open``. Everything is checked at the
+    call: ``ModelError``, ``DatasetError``, ``ArgumentError``, or ``TrajectoryError`` if ``out`` cannot be used. Files
+    are written, or with ``overwrite`` removed, on entering the ``with`` block.
 
     >>> import tempfile
     >>> from torch.utils.data import TensorDataset
@@ -136,7 +138,7 @@ class Recorder:
         if self._done is None:
             if self._observer is None or self._writer is not None:
                 raise TrainingError("the trajectory is complete when the `with` block has ended")
-            self._done = Trajectory.open(self.path, self._loss)
+            self._done = Trajectory.open(self.path, self._loss, own_class(self._optimizer))
         return self._done
 
     def resume(self, trajectory: Trajectory) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from kxexplain.errors import TrajectoryError
 from kxexplain.trajectory.fingerprints import Fingerprint
+from kxexplain.trajectory.losses import OWN
 
 FORMAT = "kxexplain-trajectory"
 FORMAT_VERSION = 1
@@ -74,10 +75,20 @@ class GroupRecord:
 
 @dataclass(frozen=True)
 class OptimizerRecord:
-    """An optimiser of ``torch.optim``: class name and parameter groups."""
+    """An optimiser: the name of its class (of ``torch.optim``, unless it begins with ``OWN``), and parameter groups."""
 
     name: str
     groups: tuple[GroupRecord, ...]
+
+    @property
+    def own(self) -> bool:
+        """Whether its class is the caller's own, which nothing on disk can give back."""
+        return self.name.startswith(OWN)
+
+    @property
+    def title(self) -> str:
+        """The class' name for people."""
+        return self.name.removeprefix(OWN)
 
 
 class TensorRecord(NamedTuple):
@@ -101,7 +112,11 @@ class ModelSignature:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Where a trajectory comes from; ``settings`` is free-form (the trainer's epochs, batch size)."""
+    """Where a trajectory comes from; ``settings`` is free-form (the trainer's epochs, batch size).
+
+    ``logged`` is false for imported checkpoints: the log's rows then are the chords between them, each as one step over
+    all examples, and not steps that training made.
+    """
 
     model: ModelSignature
     dataset: Fingerprint
@@ -114,6 +129,7 @@ class Manifest:
     device: str
     threads: int
     settings: dict[str, Any] = field(default_factory=dict)
+    logged: bool = True
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -151,6 +167,7 @@ class Manifest:
             device=fields.get("device", str),
             threads=fields.get("threads", int),
             settings=fields.table("settings", object),
+            logged=fields.get("logged", bool) if "logged" in fields.values else True,
             format_version=version,
         )
 

@@ -19,7 +19,6 @@ from kxexplain.trajectory.batches import fetch
 from kxexplain.trajectory.forward import Forward, assign, forward, gradients, private_copy
 from kxexplain.trajectory.log import Modes
 from kxexplain.trajectory.records import StepRecord
-from kxexplain.trajectory.signature import build_optimizer
 from kxexplain.trajectory.states import State, load_model, load_optimizer, set_rates
 from kxexplain.trajectory.trajectory import Trajectory
 
@@ -80,7 +79,7 @@ class Replayer:
         self.trajectory = trajectory
         self.dataset = dataset
         self.model = private_copy(model)
-        self.optimizer = build_optimizer(trajectory.manifest.optimizer, dict(self.model.named_parameters()))
+        self.optimizer = trajectory.build_optimizer(dict(self.model.named_parameters()))
         self._look_up()
         self.device = next(iter(self.parameters.values())).device
         self.position = -1
@@ -133,7 +132,7 @@ class Replayer:
         """Another replayer at the same position, which can run ahead without moving this one."""
         twin = copy.copy(self)
         twin.model = private_copy(self.model)
-        twin.optimizer = build_optimizer(self.trajectory.manifest.optimizer, dict(twin.model.named_parameters()))
+        twin.optimizer = self.trajectory.build_optimizer(dict(twin.model.named_parameters()))
         twin.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         twin._look_up()
         return twin

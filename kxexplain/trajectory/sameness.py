@@ -8,6 +8,10 @@ from kxexplain.trajectory.records import Manifest
 
 def check_same(old: Manifest, new: Manifest, *, stepped: bool) -> None:
     """``ArgumentError`` naming the first setting in which a run to resume differs from now."""
+    if not old.logged:
+        raise ArgumentError(
+            "cannot resume what was made of checkpoints: it has no step log to go on with; give a new folder"
+        )
     difference = old.dataset.difference(new.dataset)
     if difference:
         raise ArgumentError(f"cannot resume with another dataset: {difference}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kxexplain.errors import ArgumentError, ModelError
+from kxexplain.trajectory.losses import OWN
 from kxexplain.trajectory.records import (
     GroupRecord,
     ModelSignature,
@@ -18,8 +20,8 @@ from kxexplain.trajectory.records import (
     TensorRecord,
 )
 
-UNREPLAYABLE = {"LBFGS"}
-"""Optimisers of torch that evaluate the loss themselves, several times a step."""
+MakeOptimizer: TypeAlias = Callable[..., torch.optim.Optimizer]
+"""An optimiser's class, or a function that makes one: (parameter groups with all their options) -> optimiser."""
 
 
 def describe_model(model: Any) -> ModelSignature:
@@ -71,15 +73,14 @@ def compare_models(expected: ModelSignature, model: nn.Module) -> None:
 def describe_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerRecord:
     """Class name, and per group the parameters' names and the options as JSON-able values.
 
-    ``ArgumentError`` if it is no optimiser of ``torch.optim`` (its steps could not be replayed), or
-    holds parameters that are not the model's.
+    ``ArgumentError`` if its steps cannot be replayed (they need a closure, or a class of the caller's own cannot be
+    built again from the groups), or it holds parameters that are not the model's.
     """
     kind = type(optimizer)
-    name = kind.__name__
-    if getattr(torch.optim, name, None) is not kind or name in UNREPLAYABLE:
+    if isinstance(optimizer, torch.optim.LBFGS) or _required(kind.step)[1:]:  # without self
         raise ArgumentError(
             f"steps of {kind.__module__}.{kind.__qualname__} cannot be replayed; use an optimizer "
-            "of torch.optim whose step() takes no closure (SGD, AdamW, …)"
+            "whose step() takes no closure (SGD, AdamW, …)"
         )
     names = {id(p): name for name, p in model.named_parameters()}
     groups = []
@@ -94,7 +95,16 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Op
         groups.append(GroupRecord(members, group_options(group)))
     if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
         raise ArgumentError("the optimizer holds no trainable parameter of the model")
-    return OptimizerRecord(name, tuple(groups))
+    own = own_class(optimizer)
+    record = OptimizerRecord(kind.__name__ if own is None else OWN + kind.__qualname__, tuple(groups))
+    build_optimizer(record, dict(model.named_parameters()), own)
+    return record
+
+
+def own_class(optimizer: torch.optim.Optimizer) -> MakeOptimizer | None:
+    """The optimiser's class, if it is none of ``torch.optim``: then nothing on disk can give it back."""
+    kind = type(optimizer)
+    return None if getattr(torch.optim, kind.__name__, None) is kind else kind
 
 
 def group_options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,17 +118,52 @@ def group_options(group: Mapping[str, Any]) -> dict[str, Any]:
     return loaded
 
 
-def build_optimizer(record: OptimizerRecord, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """A fresh optimiser as described, over the given parameters."""
-    kind = getattr(torch.optim, record.name, None)
-    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+def build_optimizer(
+    record: OptimizerRecord, parameters: Mapping[str, nn.Parameter], own: MakeOptimizer | None = None
+) -> torch.optim.Optimizer:
+    """A fresh optimiser as described, over the given parameters; ``own`` makes one whose class is the caller's own.
+
+    A folder never says which code to run: a class is looked up in ``torch.optim``, or has to be given.
+    """
+    kind = own if record.own else getattr(torch.optim, record.name, None)
+    if kind is None and record.own:
+        raise ArgumentError(
+            f"this trajectory was trained with an optimizer of its own, {record.title!r}; pass that class: "
+            "Trajectory.open(path, optimizer=...)"
+        )
+    known = record.own or (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer))
+    if not callable(kind) or not known:
         raise ArgumentError(f"torch {torch.__version__} has no optimizer {record.name!r}")
     groups: list[dict[str, Any]] = []
     for group in record.groups:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in group.options.items()}
         groups.append({"params": [parameters[name] for name in group.names], **options})
-    built: torch.optim.Optimizer = kind(groups)  # type: ignore[call-arg]
+    if not record.own:
+        return kind(groups)
+    first = {key: value for key, value in groups[0].items() if key != "params"}
+    try:  # an argument that must be given is looked up among the options, where an optimiser keeps its defaults
+        built = kind(groups, **{name: first[name] for name in _required(kind)[1:]})
+    except Exception as error:
+        raise ArgumentError(
+            f"the optimizer {record.title!r} cannot be built from its parameter groups ({type(error).__name__}: "
+            f"{error}); give each argument that its constructor needs a default, or a place in the groups' options"
+        ) from error
+    if not isinstance(built, torch.optim.Optimizer) or OWN + type(built).__qualname__ != record.name:
+        raise ArgumentError(
+            f"optimizer= made a {type(built).__qualname__}, but this trajectory was trained with {record.title!r}; "
+            "pass that class, or a function that makes one from parameter groups"
+        )
     return built
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that a call must give by position or name."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # one that does not say
+        return []
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError, DatasetError, TrajectoryError
@@ -18,7 +19,7 @@ from kxexplain.trajectory.log import Modes, Reader, Steps
 from kxexplain.trajectory.losses import OWN, LossFunction, resolve
 from kxexplain.trajectory.records import Manifest, StateRecord, TensorRecord
 from kxexplain.trajectory.rng import RngState
-from kxexplain.trajectory.signature import compare_models
+from kxexplain.trajectory.signature import MakeOptimizer, build_optimizer, compare_models
 from kxexplain.trajectory.states import State, decode
 from kxexplain.trajectory.store import MANIFEST, STATES, storage
 
@@ -44,7 +45,14 @@ class Trajectory:
     (1, [0, 1], (0.1,))
     """
 
-    def __init__(self, path: Path, manifest: Manifest, reader: Reader, loss: LossFunction | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        reader: Reader,
+        loss: LossFunction | None,
+        optimizer: MakeOptimizer | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.states = reader.states()
@@ -57,11 +65,17 @@ class Trajectory:
         self.steps = Steps(reader, last)
         self._reader = reader
         self._loss = loss
+        self._own_optimizer = optimizer
         self._files = {state.step: state for state in self.states}
 
     @classmethod
-    def open(cls, path: str | PathLike[str], loss: LossFunction | None = None) -> Trajectory:
+    def open(
+        cls, path: str | PathLike[str], loss: LossFunction | None = None, optimizer: MakeOptimizer | None = None
+    ) -> Trajectory:
         """Open a folder; ``loss`` is needed again only if it was the caller's own function.
+
+        So is ``optimizer`` if its class was the caller's own: that class, or a function that makes one from parameter
+        groups (dicts with "params" and every option).
 
         ``TrajectoryError`` if it is no trajectory, or a file is missing, truncated or altered.
         States are checked against their checksums when loaded, or all by :meth:`check_files`.
@@ -74,7 +88,11 @@ class Trajectory:
             manifest = Manifest.from_json(data.decode("utf-8"))
         reader = Reader(folder)
         reader.check_manifest(data)
-        trajectory = cls(folder, manifest, reader, _loss(manifest.loss, loss))
+        if optimizer is not None and not manifest.optimizer.own:
+            raise ArgumentError(
+                f"the trajectory was trained with torch.optim.{manifest.optimizer.name}; leave out optimizer="
+            )
+        trajectory = cls(folder, manifest, reader, _loss(manifest.loss, loss), optimizer)
         for state in trajectory.states:
             trajectory._check_size(state)
         return trajectory
@@ -95,15 +113,27 @@ class Trajectory:
             )
         return self._loss
 
+    def build_optimizer(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """A fresh optimiser as in training.
+
+        ``ArgumentError`` if its class was the caller's own and not given again, or nobody knows what it was.
+        """
+        if not self.manifest.logged:
+            raise ArgumentError(
+                f"{self.path} was made of checkpoints: no step of the training was logged, so none can be replayed"
+            )
+        return build_optimizer(self.manifest.optimizer, parameters, self._own_optimizer)
+
     def __len__(self) -> int:
         return len(self.steps)
 
     def __repr__(self) -> str:
         tail = f" (+{self.tail} after the last state)" if self.tail else ""
         size = sum(state.bytes for state in self.states)
+        steps = "steps" if self.manifest.logged else "chords"
         return (
             f"Trajectory({str(self.path)!r}: {self.manifest.model.name}, "
-            f"{self.manifest.optimizer.name}, {self.loss_name}, {len(self)} steps{tail}, "
+            f"{self.manifest.optimizer.title}, {self.loss_name}, {len(self)} {steps}{tail}, "
             f"{len(self.states)} states, {size / 1e6:.1f} MB)"
         )
 

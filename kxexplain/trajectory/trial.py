@@ -17,7 +17,7 @@ from kxexplain.trajectory.forward import assign, gradients, private_copy
 from kxexplain.trajectory.losses import OWN, LossFunction, check_losses
 from kxexplain.trajectory.observe import check_precision, gradient_norm
 from kxexplain.trajectory.records import Manifest
-from kxexplain.trajectory.signature import build_optimizer
+from kxexplain.trajectory.signature import MakeOptimizer, build_optimizer
 
 CLASSIFYING = ("cross_entropy", "hinge")
 """The losses whose targets are class numbers."""
@@ -26,7 +26,14 @@ IGNORED = -100
 """The class number that torch's cross-entropy passes over."""
 
 
-def rehearse(model: nn.Module, manifest: Manifest, dataset: Any, batches: Iterable[Tensor], loss: LossFunction) -> None:
+def rehearse(
+    model: nn.Module,
+    manifest: Manifest,
+    dataset: Any,
+    batches: Iterable[Tensor],
+    loss: LossFunction,
+    own: MakeOptimizer | None = None,
+) -> None:
     """Compute on each of ``batches``, and step on the first, with a private copy of the model.
 
     ``ModelError``, ``DatasetError`` or ``ArgumentError`` says what fails there, ``TrainingError`` that the first loss
@@ -36,7 +43,7 @@ def rehearse(model: nn.Module, manifest: Manifest, dataset: Any, batches: Iterab
     check_precision(device)
     with rng.fork(device):
         private = private_copy(model)
-        optimizer = build_optimizer(manifest.optimizer, dict(private.named_parameters()))
+        optimizer = build_optimizer(manifest.optimizer, dict(private.named_parameters()), own)
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         first: list[Tensor | None] = []
         for indices in batches:
@@ -58,7 +65,7 @@ def rehearse(model: nn.Module, manifest: Manifest, dataset: Any, batches: Iterab
             optimizer.step()
         except Exception as error:
             raise ArgumentError(
-                f"the optimizer {manifest.optimizer.name} fails on the first step: {_words(error)}; use another one"
+                f"the optimizer {manifest.optimizer.title} fails on the first step: {_words(error)}; use another one"
             ) from error
 
 

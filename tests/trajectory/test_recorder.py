@@ -347,8 +347,14 @@ class TestNotFinite:
         assert not optimizer._optimizer_step_pre_hooks
 
 
-class Own(torch.optim.SGD):
-    pass
+class Closing(torch.optim.SGD):
+    def step(self, closure):
+        return super().step(closure)
+
+
+class Unlike(torch.optim.SGD):
+    def __init__(self, rate, params):
+        super().__init__(params, lr=rate)
 
 
 def nothing_trainable():
@@ -373,7 +379,8 @@ def test_models_that_cannot_be_recorded(tmp_path, make, error, words):
     ("make", "words"),
     [
         (lambda p: torch.optim.LBFGS(p), "LBFGS cannot be replayed"),
-        (lambda p: Own(p), "Own cannot be replayed"),
+        (lambda p: Closing(p), "Closing cannot be replayed"),
+        (lambda p: Unlike(0.1, p), "Unlike' cannot be built"),
         (lambda p: torch.optim.SGD([*p, nn.Parameter(torch.zeros(7))]), r"shape \(7,\) that is not the model's"),
         (lambda p: torch.optim.SGD([q for q in p if not q.requires_grad]), "no trainable"),
     ],

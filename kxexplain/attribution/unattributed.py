@@ -1,0 +1,51 @@
+"""Saying how much of a bill is no example's, and why."""
+
+from __future__ import annotations
+
+import torch
+
+from kxexplain.attribution.result import Explanation
+from kxexplain.trajectory import Trajectory
+from kxexplain.trajectory.optimizers import RECURSIONS
+from kxexplain.trajectory.replay import TOLERANCE
+
+ROUNDINGS = 100
+"""So many roundings of the contributions' sizes are no news: measured over the tests' optimisers, up to 5."""
+
+
+def unattributed_part(explanation: Explanation, trajectory: Trajectory) -> str | None:
+    """A sentence about the unattributed part; ``None`` where it is rounding.
+
+    Sizes are 2-norms over the queries (and outputs). Rounding is what replay takes for rounding, relative to the
+    change that training made, and more where large contributions cancel.
+    """
+    amount = explanation.unattributed.double().norm().item()
+    change = (explanation.prediction - explanation.baseline).double().norm().item()
+    turned_over = explanation.contributions.double().abs().sum(1).norm().item()
+    kind = explanation.prediction.dtype
+    rounding = TOLERANCE.get(kind, 2e-2) * change + ROUNDINGS * torch.finfo(kind).eps * turned_over
+    if not amount > rounding:
+        return None
+    share = f"{100 * amount / change:.3g} % of the change that training made" if change > 0 else f"{amount:.3g}"
+    return (
+        f"the bill's line 'unattributed' is {share} (2-norms over the {len(explanation)} queries): "
+        f"{_cause(trajectory, explanation.facts['drift'])}; it belongs to no example, and explanation.unattributed has "
+        "it query by query"
+    )
+
+
+def _cause(trajectory: Trajectory, drift: float | None) -> str:
+    """The likely cause, with the optimiser's name."""
+    optimizer = trajectory.manifest.optimizer
+    if not trajectory.manifest.logged:
+        return (
+            "the trajectory was made of checkpoints, and of what the unknown optimizer did between two of them only "
+            "the full-data gradient at the first is known (checkpoints that lie closer leave less)"
+        )
+    if optimizer.name not in RECURSIONS:
+        known = ", ".join(RECURSIONS)
+        return f"how {optimizer.title} turns gradients into steps is not itemised (that of {known} is)"
+    return (
+        f"{optimizer.title} began with moments from before the recording, or replay on this machine does not repeat "
+        f"the training closely (drift {drift or 0.0:.1e})"
+    )
