@@ -19,6 +19,9 @@ from kxexplain.trajectory.batches import fetch, leaves, size
 CHUNK_BYTES = 1 << 20
 """Bytes of examples held at once, so few that they stay in the cache; no result depends on it."""
 
+SEED = 0
+"""Of the state of torch's generator that examples are asked for from."""
+
 PROBES = 4
 """How often a few examples are asked for: a coin may fall the same way twice."""
 
@@ -73,19 +76,26 @@ def fingerprint(dataset: Any) -> Fingerprint:
             rows = range(start, min(start + step, total))
             if not random:
                 batch, random = _served(dataset, rows)
-            if random:  # one by one, so that what an example draws depends on nothing before it
-                for i in rows:
-                    digest.update(_served(dataset, [i])[0])
-            else:
-                digest.update(batch)
+            digest.update(fetch(_EachAlone(dataset), rows) if random else batch)
         return replace(digest.result(), random=random)
 
 
 def _served(dataset: Any, rows: Sequence[int]) -> tuple[tuple[Inputs, Tensor], bool]:
     """Examples as served from a fixed state of the generator, and whether they drew from it."""
-    generator = torch.default_generator.manual_seed(0)
+    generator = torch.default_generator.manual_seed(SEED)
     before = generator.get_state()
     return fetch(dataset, rows), not torch.equal(generator.get_state(), before)
+
+
+class _EachAlone:
+    """Serves each example from the fixed state, so that what it draws does not depend on those before it."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        torch.default_generator.manual_seed(SEED)
+        return self.dataset[index]
 
 
 def _check_served_alike(dataset: Any, total: int) -> None:

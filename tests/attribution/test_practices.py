@@ -20,6 +20,8 @@ from kxexplain.trajectory.store import Writer
 from tests.cases import CASES, Case, Problem, vectors
 from tests.laws import assert_close, assert_complete, assert_same_bill
 from tests.runs import order, run
+from tests.trajectory.runs import order as epoch_order
+from tests.trajectory.runs import unchecked
 
 DTYPES = [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)]
 KEPT = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -60,8 +62,7 @@ def plain(model: nn.Module, optimizer: torch.optim.Optimizer, data: Any, clip: C
     """Training as people write it, with the order of ``kx.train``; the factor of each step's clipping."""
     factors = []
     for epoch in range(3):
-        mixed = kx.learning.trainer._permutation(len(data), 0, epoch)
-        for indices in mixed.split(5):
+        for indices in epoch_order(len(data), 0, epoch).split(5):
             inputs, targets = data[indices]
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), targets, reduction="none").mean().backward()
@@ -217,10 +218,10 @@ def test_limits_that_are_none(wrong: Any, tmp_path: Path) -> None:
     problem = CASES["mlp-relu"].build()
     for name in ("clip_norm", "clip_value"):
         with pytest.raises(ArgumentError, match=f"{name} must be a positive number"):
-            kx.train.__wrapped__(problem.model, problem.data, epochs=1, out=tmp_path / "run", **{name: wrong})
+            unchecked(kx.train)(problem.model, problem.data, epochs=1, out=tmp_path / "run", **{name: wrong})
     optimizer = OPTIMIZERS["sgd"](problem.model.parameters())
     with pytest.raises(ArgumentError, match="clip_value must be a positive number"):
-        kx.record.__wrapped__(problem.model, optimizer, "mse", problem.data, out=tmp_path, clip_value=wrong)
+        unchecked(kx.record)(problem.model, optimizer, "mse", problem.data, out=tmp_path, clip_value=wrong)
     assert not any(tmp_path.iterdir())
 
 
@@ -314,7 +315,7 @@ def test_augmented_training_is_a_plain_loop(tmp_path: Path) -> None:
     optimizer = OPTIMIZERS["sgd"](by_hand.model.parameters())
     torch.manual_seed(4)
     for epoch in range(3):
-        for indices in kx.learning.trainer._permutation(14, 4, epoch).split(5):
+        for indices in epoch_order(14, 4, epoch).split(5):
             batch = [by_hand.data[int(i)] for i in indices]
             optimizer.zero_grad()
             outputs = by_hand.model(torch.stack([x for x, _ in batch]))
