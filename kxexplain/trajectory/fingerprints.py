@@ -46,8 +46,9 @@ class Fingerprint:
         if self.count != other.count:
             return f"{other.count} examples instead of {self.count}"
         if self.random != other.random:
-            ways = ("drawn at random (augmented)", "always served alike")
-            return "as many examples, but {} instead of {}".format(*(ways if other.random else reversed(ways)))
+            alike, drawn = "always served alike", "drawn at random (augmented)"
+            now, before = (drawn, alike) if other.random else (alike, drawn)
+            return f"as many examples, but {now} instead of {before}"
         if self.unordered == other.unordered:
             return "the same examples in another order"
         return "as many examples, but with other contents"

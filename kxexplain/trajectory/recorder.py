@@ -61,7 +61,7 @@ def record(
     be part of its target: ``lambda f, y: cross_entropy(f, y[:, 0].long(), reduction="none") * y[:, 1]``. Torch's
     weighted mean divides by the batch's weights: that is ``losses * w * (len(w) / w.sum())``, and "mean".
     A loop that multiplies its gradients (``clip_grad_norm_``) tells ``recorder.step(..., clip=factor)``; one that
-    clamps them (``clip_grad_value_``) gives ``clip_value``, and what the clamp took away is "unattributed".
+    (after that) clamps them, as ``clip_grad_value_`` does, gives ``clip_value``; what it took away is "unattributed".
     A dataset that augments at random must draw from torch's global generator, and its batches must come from
     ``recorder.fetch(indices)``, so that replay draws the same; ``TrainingError`` before the first step if they do not.
     ``keep`` says which states to keep: "step", "epoch", a number of steps, or a size like "200MB".
