@@ -149,10 +149,14 @@ def test_train_resumes_and_overwrites(run: Path) -> None:
 
 
 def test_train_takes_an_optimizer_and_its_options() -> None:
-    options = ("--optimizer", "SGD", "--momentum", "0.5", "--weight-decay", "0.01")
+    options = ("--optimizer", "SGD", "--momentum", "0.5", "--weight-decay", "0.01", "--clip-norm", "0.1")
     read("train", "--data", "toy", "--epochs", "1", "--out", "run", *options)
-    recorded = Trajectory.open("run").manifest.optimizer.groups[0].options
+    trajectory = Trajectory.open("run")
+    recorded = trajectory.manifest.optimizer.groups[0].options
     assert (recorded["momentum"], recorded["weight_decay"]) == (0.5, 0.01)
+    assert trajectory.steps[0].clip < 1
+    read("train", "--data", "toy", "--epochs", "1", "--out", "clamped", "--clip-value", "0.01")
+    assert Trajectory.open("clamped").manifest.settings["clip_value"] == 0.01
     assert "no optimizer 'nosuch'" in fails(1, "train", "--out", "x", "--optimizer", "nosuch")
     assert "momentum" in fails(1, "train", "--out", "x", "--optimizer", "adam", "--momentum", "0.5")
 

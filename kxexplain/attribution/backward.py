@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kxexplain.attribution.ledger import Ledger, against
 from kxexplain.attribution.queries import QuerySide
-from kxexplain.attribution.walk import Segment, bounds, pull_of, share_of, watched
+from kxexplain.attribution.walk import Segment, bounds, is_steady, pull_of, share_of, watched
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Factors, scale, size, wide
 from kxexplain.gradients.ordinary import StepGradients
@@ -34,6 +34,7 @@ from kxexplain.gradients.pile import Pile
 from kxexplain.gradients.products import against_dense
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import Replayer
+from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.optimizers import RECURSIONS, STILL, Coefficient, Recursion
 
 
@@ -54,12 +55,14 @@ class _Step:
     factor: float
     recursions: dict[str, Recursion]
     decaying: Tensors
+    clamped: Tensors
+    """What clamping by value did to the gradient, which is no example's."""
 
     @property
     def bytes(self) -> int:
         """What it takes to keep."""
         held = [v for r in self.recursions.values() for v in (r.direct, r.intake, r.applied) if isinstance(v, Tensor)]
-        held += self.decaying.values()
+        held += [*self.decaying.values(), *self.clamped.values()]
         return size([*self.factors, *(self.jacobian or [])]) + sum(t.numel() * t.element_size() for t in held)
 
 
@@ -109,6 +112,7 @@ class BackwardWalk:
         self.trajectory = replayer.trajectory
         self.recorded = [state.step for state in self.trajectory.states]
         self.bounds = borders(replayer, stride)
+        self.clipping = Clipping.noted(self.trajectory.manifest.settings)
         self.itemised = RECURSIONS[self.trajectory.manifest.optimizer.name]
         self.parameters, self.layout = watched(replayer)
         replayer.seek(0)
@@ -197,14 +201,20 @@ class BackwardWalk:
         """Redo one step; ``alone`` and ``moments`` (parameters and moments) go on as the recursions say."""
         record, own = self.trajectory.steps[replayer.position], self._own(replayer)
         held = {name: dict(replayer.optimizer.state.get(p, {})) for name, p in own.items()}
-        watch = StepGradients(self.layout, dict(own), len(record.indices), self.jacobian)
+        watch = StepGradients(
+            self.layout, dict(own), len(record.indices), self.jacobian, steady=is_steady(self.trajectory)
+        )  # fmt: skip
         taken = watch.accounted(replayer.advance(watch).gradients)
-        recursions, decaying = dict.fromkeys(own, STILL), {}
+        recursions, decaying, clamped = dict.fromkeys(own, STILL), {}, {}
         for group, rate in zip(self.trajectory.manifest.optimizer.groups, record.rates, strict=True):
             for name in set(group.names) & taken.keys():
                 new = replayer.optimizer.state.get(own[name], {})
                 recursions[name] = recursion = self.itemised.rule(group.options, rate, held[name], new)
-                gradient = recursion.sign * record.sign * record.clip * taken[name]
+                given = record.sign * record.clip * taken[name]
+                used = self.clipping.clamped(given)
+                if used is not given and not torch.equal(used, given):
+                    clamped[name] = recursion.sign * (used - given)
+                gradient = recursion.sign * used
                 if recursion.l2 or recursion.shrink:
                     decaying[name] = alone[name].clone()
                     gradient += recursion.l2 * alone[name]
@@ -219,7 +229,7 @@ class BackwardWalk:
         return _Step(
             torch.as_tensor(record.indices), self._moved("updates", watch.factors, rows), pull_of(watch.pull / -share),
             None if jacobian is None else self._moved("jacobian", jacobian, rows),
-            record.sign * record.clip, recursions, decaying,
+            record.sign * record.clip, recursions, decaying, clamped,
         )  # fmt: skip
 
     def _moved(self, kind: str, factors: Factors, rows: int) -> Factors:
@@ -314,6 +324,8 @@ class _Costate:
                     straight[name] = taken
         if straight:
             self.ledger.enter("regularizer", segment, self.rows, -self._worth_of(step.decaying, straight))
+        if step.clamped:
+            self.ledger.enter("unattributed", segment, self.rows, -self._worth_of(step.clamped, gradient))
         if step.factors:
             signed = {n: _sum((-step.factor * by.sign, gradient[n])) for n, by in step.recursions.items()}
             found = self._against(step.factors, signed)[:, 0]

@@ -155,7 +155,8 @@ def query_batch(queries: Any, device: torch.device) -> tuple[Inputs, Tensor | No
             raise DatasetError(f"got queries of type {type(queries).__name__}; expected a tensor or a dataset")
         if len(queries) == 0:
             raise DatasetError("there are no queries; give at least one input")
-        inputs, labels = fetch(queries, range(len(queries)), device)
+        with torch.random.fork_rng(devices=[]):
+            inputs, labels = fetch(queries, range(len(queries)), device)
     else:
         inputs, labels = _to(queries, device), None
     if count(inputs) == 0:

@@ -6,6 +6,7 @@ import torch
 
 from kxexplain.attribution.result import Explanation
 from kxexplain.trajectory import Trajectory
+from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.optimizers import RECURSIONS
 from kxexplain.trajectory.replay import TOLERANCE
 
@@ -45,6 +46,9 @@ def _cause(trajectory: Trajectory, drift: float | None) -> str:
     if optimizer.name not in RECURSIONS:
         known = ", ".join(RECURSIONS)
         return f"how {optimizer.title} turns gradients into steps is not itemised (that of {known} is)"
+    value = Clipping.noted(trajectory.manifest.settings).value
+    if value is not None:
+        return f"{optimizer.title} was given gradients whose elements were clamped to {value:g}; a clamp has no shares"
     return (
         f"{optimizer.title} began with moments from before the recording, or replay on this machine does not repeat "
         f"the training closely (drift {drift or 0.0:.1e})"

@@ -135,6 +135,11 @@ def share_of(trajectory: Trajectory, record: StepRecord) -> float:
     return 1.0 / len(record.indices) if trajectory.manifest.reduction == "mean" else 1.0
 
 
+def is_steady(trajectory: Trajectory) -> bool:
+    """Whether an example is served alike every time, and not augmented at random."""
+    return not trajectory.manifest.dataset.random
+
+
 def pull_of(pull: Tensor) -> Tensor:
     """Size of the pull on the outputs, [n], from −∂ℓ/∂f, [n, C]: itself for one output, the norm for several."""
     return pull[:, 0] if pull.shape[1] == 1 else pull.norm(dim=1)
@@ -202,7 +207,9 @@ class Walk:
             record = self.trajectory.steps[step]
             decaying = any(parts.decay.values())
             before = self.replayer.copy_state() if decaying else {}
-            watch = StepGradients(self.layout, self.parameters, len(record.indices), self.jacobian)
+            watch = StepGradients(
+                self.layout, self.parameters, len(record.indices), self.jacobian, steady=is_steady(self.trajectory)
+            )  # fmt: skip
             taken = self.replayer.advance(watch)
             movement.add(parts, watch.accounted(taken.gradients), before)
             self._keep(watch, record, parts, segment, visitor)

@@ -46,6 +46,8 @@ def command(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.1,
     momentum: Annotated[float, typer.Option(help="For optimisers that have it.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="For optimisers that have it.")] = 0.0,
+    clip_norm: Annotated[float | None, typer.Option(help="Largest norm of a step's gradient.")] = None,
+    clip_value: Annotated[float | None, typer.Option(help="Largest size of a gradient's element.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 32,
     seed: Annotated[int, typer.Option(help="Of initialisation, order and dropout.")] = 0,
@@ -86,7 +88,8 @@ def command(
     try:
         trajectory = train(
             network, built.train, loss, maker, epochs=epochs, batch_size=batch_size, seed=seed, out=out,
-            keep=int(keep) if keep.isdecimal() else keep, resume=resume, overwrite=overwrite, progress=not json,
+            keep=int(keep) if keep.isdecimal() else keep, clip_norm=clip_norm, clip_value=clip_value,
+            resume=resume, overwrite=overwrite, progress=not json,
         )  # fmt: skip
     except (KeyboardInterrupt, TrainingError) as error:
         recorded = begun()

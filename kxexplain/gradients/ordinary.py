@@ -161,13 +161,15 @@ class StepGradients:
     """Watches one replayed training step (:class:`kxexplain.trajectory.replay.Watch`).
 
     After the step: ``factors`` are the examples' shares of the batch gradient, ``pull`` = ∂total/∂f, [n, C], and
-    ``jacobian`` the output gradients, if asked for.
+    ``jacobian`` the output gradients, if asked for. ``steady`` says that the dataset serves an example alike every
+    time; one that augments at random does not, and then no factor is marked as raw.
     """
 
     layout: Layout
     parameters: Tensors
     rows: int
     with_jacobian: bool = False
+    steady: bool = True
 
     def __post_init__(self) -> None:
         self.capture = Capture(self.parameters, self.layout, self.rows)
@@ -214,7 +216,9 @@ class StepGradients:
         return {n: sums[n].to(g.dtype).view_as(g) if n in sums else g for n, g in gradients.items()}
 
     def _marked(self, factors: Factors) -> Factors:
-        """The factors, those whose ``a`` is the batch itself marked as raw."""
+        """The factors, those whose ``a`` is the batch itself marked as raw, if it is the same in every epoch."""
+        if not self.steady:
+            return factors
         return [replace(f, raw=True) if isinstance(f, Outer) and self._is_input(f.a) else f for f in factors]
 
     def _is_input(self, a: Tensor) -> bool:

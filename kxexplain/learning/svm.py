@@ -86,7 +86,8 @@ def compare_svm(
     outputs = torch.cat([evaluate(private, take(x_test, s)) for s in _slices(count(x_test))])
     y_train, y_test = (_classes(raw, outputs, trajectory.loss_name) for raw in (raw_train, raw_test))
     chosen = stratified(y_train, limit, seed)
-    x_train = fetch(train, chosen, device)[0]
+    with torch.random.fork_rng(devices=[]):
+        x_train = fetch(train, chosen, device)[0]
     if kernel == "path":
         gram = path_kernel(trajectory, private, x_train)
         across = path_kernel(trajectory, private, x_test, x_train)
@@ -170,7 +171,8 @@ def _pairs(outputs: Tensor, classes: Tensor) -> Tensor:
 def _whole(dataset: Examples, name: str, device: torch.device) -> tuple[Inputs, Tensor]:
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
         raise DatasetError(f"the {name} set is empty or has no length; give at least one example")
-    return fetch(dataset, range(len(dataset)), device)
+    with torch.random.fork_rng(devices=[]):
+        return fetch(dataset, range(len(dataset)), device)
 
 
 def _slices(n: int, size: int = 1024) -> list[slice]:

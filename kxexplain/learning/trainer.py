@@ -21,7 +21,7 @@ from kxexplain.learning.progress import Progress
 from kxexplain.learning.resume import restored
 from kxexplain.trajectory import LossFunction, Recorder, Trajectory, rng
 from kxexplain.trajectory import keep as keeping
-from kxexplain.trajectory.batches import fetch
+from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.describe import check_budget, describe
 from kxexplain.trajectory.forward import assign, forward, gradients
 from kxexplain.trajectory.losses import resolve
@@ -47,6 +47,8 @@ def train(
     out: str | PathLike[str],
     keep: str | int = "epoch",
     scheduler: LRScheduler | None = None,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -55,9 +57,11 @@ def train(
 
     Args:
         model: any module; it ends with the trained weights, and in the mode it came in.
-        dataset: a map-style dataset of (input, target) whose order is fixed.
+        dataset: a map-style dataset of (input, target) whose order is fixed. It may augment at random, from torch's
+            global generator only (not numpy's or Python's): replay then draws the same.
         loss: a name of :data:`kxexplain.trajectory.LOSSES`, or a function giving one loss per
-            example; the mean over the batch is minimised.
+            example; the mean over the batch is minimised. Weights of examples or classes, and label smoothing, belong
+            into that function; a sample's own weight can be part of its target, see :func:`kxexplain.record`.
         optimizer: over the model's parameters, of ``torch.optim`` or a class of your own; or a function that makes
             one from parameters. Default: SGD with learning rate 0.1.
         epochs: passes over the dataset, each in an order that (seed, epoch) determines.
@@ -66,6 +70,11 @@ def train(
         out: a new or empty folder.
         keep: the states to keep: "step", "epoch", a number of steps, or a size like "200MB".
         scheduler: of torch, over the same optimiser; stepped once an epoch.
+        clip_norm: largest norm of a step's gradient over the optimiser's parameters, clipped as torch's
+            ``clip_grad_norm_`` does; the factor is logged, and the bill stays itemised.
+        clip_value: largest size of an element of a step's gradient, clamped as torch's ``clip_grad_value_`` does. A
+            clamp is no sum over the examples: their shares are those of the gradient as it was before, and what the
+            clamp took away from it is the bill's line "unattributed".
         resume: go on from the last state in ``out``, to the result of an uninterrupted run; start
             if there is none, and return a finished run as it is.
         overwrite: replace a trajectory that ``out`` holds.
@@ -87,19 +96,22 @@ def train(
     _check_numbers(epochs=epochs, batch_size=batch_size, seed=seed)
     if resume and overwrite:
         raise ArgumentError("resume=True and overwrite=True exclude each other; choose one")
+    if clip_norm is not None and clip_value is not None:
+        raise ArgumentError("clip_norm and clip_value exclude each other; choose one")
+    clipping = Clipping.asked(clip_norm, clip_value)
     path, policy = folder(out), keeping.parse(keep)
     describe_model(model)
     check_budget(policy, model)
     ready = _optimizer(optimizer, model)
-    settings = {"loop": "train", "epochs": epochs, "batch_size": batch_size}
+    settings = {"loop": "train", "epochs": epochs, "batch_size": batch_size, **clipping.settings}
     settings["scheduler"] = _check_scheduler(scheduler, ready)
     with _training_mode(model):
         manifest = describe(
             model, ready, loss, dataset,
             keep=keep, reduction="mean", seed=seed, settings=settings,
         )  # fmt: skip
-        recorder = Recorder(model, ready, manifest, policy, path=path, loss=loss, overwrite=overwrite)
-        run = _Run(model, ready, scheduler, recorder, dataset=dataset, loss=resolve(loss)[1])
+        recorder = Recorder(model, ready, manifest, policy, path=path, loss=loss, dataset=dataset, overwrite=overwrite)
+        run = _Run(model, ready, scheduler, recorder, loss=resolve(loss)[1])
         if resume and is_trajectory(path):
             old = Trajectory.open(path, loss if callable(loss) else None)
             old.check_model(model)
@@ -123,16 +135,18 @@ class _Run:
         scheduler: LRScheduler | None,
         recorder: Recorder,
         *,
-        dataset: Any,
         loss: LossFunction,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.recorder, self.dataset, self.loss = recorder, dataset, loss
+        self.recorder, self.loss = recorder, loss
         manifest = recorder.manifest
         self.seed = 0 if manifest.seed is None else manifest.seed
         self.epochs: int = manifest.settings["epochs"]
         self.batch_size: int = manifest.settings["batch_size"]
         self.examples = manifest.dataset.count
+        self.clipping = Clipping.noted(manifest.settings)
+        self.clip = 1.0
+        """What the present step's gradient was multiplied by."""
         self.batches = math.ceil(self.examples / self.batch_size)
         self.device = next(model.parameters()).device
         self.parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
@@ -211,11 +225,11 @@ class _Run:
                 "the trajectory is good up to its last state. Mend the cause and go on with resume=True"
             ) from error
         self.losses.append(value)
-        self.recorder.step(indices, value, epoch=epoch)
+        self.recorder.step(indices, value, epoch=epoch, clip=self.clip)
 
     def _advance(self, indices: Tensor) -> float:
         """Make a step; returns its loss."""
-        inputs, targets = fetch(self.dataset, indices, self.device)
+        inputs, targets = self.recorder.fetch(indices)
         result = forward(self.model, inputs, targets, loss=self.loss, reduction="mean")
         value = result.total.item()
         if not math.isfinite(value):
@@ -223,7 +237,9 @@ class _Run:
                 f"the loss at step {self.recorder.position} is {value}; training stopped there, and the trajectory is "
                 "good up to its last state. Lower the learning rate, or check the data"
             )
-        assign(self.parameters, gradients(result.total, self.parameters)[0])
+        found = gradients(result.total, self.parameters)[0]
+        self.clip = self.clipping.factor(found)
+        assign(self.parameters, self.clipping.applied(found, self.clip))
         self.optimizer.step()
         return value
 

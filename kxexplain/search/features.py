@@ -175,5 +175,6 @@ def directions(features: Float[Tensor, "row dim"], projection: Projection) -> Fl
 
 def example_labels(dataset: Any, count: int) -> Tensor | None:
     """The training examples' labels, [train], if they are single numbers."""
-    pieces = [fetch(dataset, range(at, min(at + 4096, count)))[1].cpu() for at in range(0, count, 4096)]
+    with torch.random.fork_rng(devices=[]):
+        pieces = [fetch(dataset, range(at, min(at + 4096, count)))[1].cpu() for at in range(0, count, 4096)]
     return torch.cat(pieces) if all(piece.dim() == 1 for piece in pieces) else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -12,19 +13,31 @@ from torch import Tensor
 
 from kxexplain.errors import DatasetError
 from kxexplain.shapes import Inputs
+from kxexplain.trajectory import rng
 from kxexplain.trajectory.batches import fetch, leaves, size
 
 CHUNK_BYTES = 1 << 20
 """Bytes of examples held at once, so few that they stay in the cache; no result depends on it."""
 
+SEED = 0
+"""Of the state of torch's generator that examples are asked for from."""
+
+PROBES = 4
+"""How often a few examples are asked for: a coin may fall the same way twice."""
+
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a dataset contains: its length, a hash in order, and one that ignores the order."""
+    """What a dataset contains: its length, a hash in order, and one that ignores the order.
+
+    ``random`` says that serving examples draws from torch's global generator (augmentation); the hashes are then of
+    what each example is served as from one and the same state of that generator.
+    """
 
     count: int
     ordered: str
     unordered: str
+    random: bool = False
 
     def difference(self, other: Fingerprint) -> str | None:
         """In words, how ``other`` differs from this one; ``None`` if it does not."""
@@ -32,17 +45,22 @@ class Fingerprint:
             return None
         if self.count != other.count:
             return f"{other.count} examples instead of {self.count}"
+        if self.random != other.random:
+            alike, drawn = "always served alike", "drawn at random (augmented)"
+            now, before = (drawn, alike) if other.random else (alike, drawn)
+            return f"as many examples, but {now} instead of {before}"
         if self.unordered == other.unordered:
             return "the same examples in another order"
         return "as many examples, but with other contents"
 
 
 def fingerprint(dataset: Any) -> Fingerprint:
-    """Hash every example of ``dataset``; a few are fetched twice first to see that they stay equal.
+    """Hash every example of ``dataset``; a few are fetched several times first to see that they stay equal.
 
     The result depends on the examples alone (values, dtypes, shapes), not on the class that serves
-    them. ``DatasetError`` if the dataset is empty, has no length, serves anything but
-    (input, target), or serves something else the second time (random augmentation).
+    them. A dataset may draw from torch's global generator: it is asked from a fixed state of it, which is then as
+    before. ``DatasetError`` if the dataset is empty, has no length, serves anything but
+    (input, target), or serves something else the second time (random by other means).
 
     >>> from torch.utils.data import Subset, TensorDataset
     >>> data = TensorDataset(torch.eye(3), torch.arange(3))
@@ -50,21 +68,51 @@ def fingerprint(dataset: Any) -> Fingerprint:
     'the same examples in another order'
     """
     total = size(dataset)
+    with rng.fork(torch.device("cpu")):
+        _check_served_alike(dataset, total)
+        row = sum(leaf.nbytes for _, leaf in leaves(_served(dataset, [0])[0]))
+        step = max(1, CHUNK_BYTES // max(1, row))
+        digest, random = _Digest(), False
+        for start in range(0, total, step):
+            rows = range(start, min(start + step, total))
+            if not random:
+                batch, random = _served(dataset, rows)
+            digest.update(fetch(_EachAlone(dataset), rows) if random else batch)
+        return replace(digest.result(), random=random)
+
+
+def _served(dataset: Any, rows: Sequence[int]) -> tuple[tuple[Inputs, Tensor], bool]:
+    """Examples as served from a fixed state of the generator, and whether they drew from it."""
+    generator = torch.default_generator.manual_seed(SEED)
+    before = generator.get_state()
+    return fetch(dataset, rows), not torch.equal(generator.get_state(), before)
+
+
+class _EachAlone:
+    """Serves each example from the fixed state, so that what it draws does not depend on those before it."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        torch.default_generator.manual_seed(SEED)
+        return self.dataset[index]
+
+
+def _check_served_alike(dataset: Any, total: int) -> None:
+    """``DatasetError`` if a few examples do not stay the same, though the generator begins in the same state."""
     probe = sorted({0, 1 % total, total // 2, total - 1})
-    first, again = _Digest(), _Digest()
-    first.update(fetch(dataset, probe))
-    again.update(fetch(dataset, probe))
-    if first.result() != again.result():
+    seen = set()
+    for _ in range(PROBES):
+        digest = _Digest()
+        digest.update(_served(dataset, probe)[0])
+        seen.add(digest.result())
+    if len(seen) > 1:
         raise DatasetError(
-            "the dataset served different values for the same index when asked twice; random "
-            "augmentation cannot be replayed: apply it once, beforehand, and train on the result"
+            "the dataset served different values for the same index when asked again; random augmentation can be "
+            "replayed only if it draws from torch's global generator (torch.rand and its like; not numpy, Python's "
+            "random, another device, or a generator of its own): draw from that, or apply it once, beforehand"
         )
-    row = sum(leaf.nbytes for _, leaf in leaves(fetch(dataset, probe[:1])))
-    step = max(1, CHUNK_BYTES // max(1, row))
-    digest = _Digest()
-    for start in range(0, total, step):
-        digest.update(fetch(dataset, np.arange(start, min(start + step, total))))
-    return digest.result()
 
 
 class _Digest:

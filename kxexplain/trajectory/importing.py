@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kxexplain.errors import ArgumentError, TrainingError
+from kxexplain.errors import ArgumentError, DatasetError, TrainingError
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import rng
 from kxexplain.trajectory.batches import fetch
@@ -112,8 +112,14 @@ def import_checkpoints(
         read(file, private, number)
     trained = tuple(n for n, p in private.named_parameters() if p.requires_grad)
     optimizer = OptimizerRecord("unknown", (GroupRecord(trained, {}),))
+    examples = fingerprint(dataset)
+    if examples.random:
+        raise DatasetError(
+            "the dataset draws at random whenever it serves an example, and checkpoints do not say what was drawn; "
+            "give the examples as they are without augmentation"
+        )
     manifest = Manifest(
-        model=signature, dataset=fingerprint(dataset), optimizer=optimizer,
+        model=signature, dataset=examples, optimizer=optimizer,
         loss=name, reduction=reduction, seed=None, keep="checkpoints", versions=versions(),
         device=str(next(model.parameters()).device), threads=torch.get_num_threads(),
         settings={"checkpoints": [file.name for file in found], "rate": rate, "steps": steps}, logged=False,

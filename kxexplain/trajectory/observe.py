@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kxexplain.errors import TrainingError
+from kxexplain.errors import ArgumentError, TrainingError
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import rng
 from kxexplain.trajectory.log import Modes
@@ -35,8 +35,11 @@ class Observer:
     steps draw random numbers, or where there are buffers to keep: hooks on a model cost time.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, random: bool = False) -> None:
         self.model = model
+        self.random = random
+        """Whether the dataset draws from the generator, so that a step begins where its batch is fetched."""
+        self._fetched: list[tuple[list[int], rng.RngState]] = []  # since the last logged step
         self.optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = next(model.parameters()).device
@@ -93,6 +96,28 @@ class Observer:
         """A state was recorded, from which a replay may begin."""
         self._replayed.append(self.rng)
 
+    def fetching(self, indices: list[int]) -> None:
+        """These examples are about to be fetched."""
+        if self.random:
+            self._fetched.append((indices, rng.capture(self.device)))
+
+    def check_fetched(self, indices: list[int]) -> None:
+        """``ArgumentError`` unless the last fetches were of these examples, if they are drawn at random."""
+        if not self.random:
+            return
+        rest = indices
+        for fetched, state in reversed(self._fetched):
+            if not fetched or rest[-len(fetched) :] != fetched:
+                break
+            rest, self._started = rest[: -len(fetched)], state
+            if not rest:
+                return
+        raise ArgumentError(
+            f"step {self.step} was made of other examples than recorder.fetch() gave last, or of those in another "
+            "order; the dataset draws at random, so replay must fetch the same ones: give recorder.step() the indices "
+            "that recorder.fetch() was given"
+        )
+
     def check_one_step(self) -> None:
         """``TrainingError`` unless the optimiser stepped once since the last logged step."""
         if not (self.pending and self.completed):
@@ -132,6 +157,7 @@ class Observer:
         self.step += 1
         self.pending = self.completed = False
         self._started = self._buffers = None
+        self._fetched = []
         return told
 
     def new_modes(self) -> Modes | None:
@@ -180,6 +206,12 @@ class Observer:
             raise TrainingError(
                 f"a second optimizer.step() at step {self.step} without recorder.step(indices) "
                 "after the first: training went past the recorder, and cannot be explained"
+            )
+        if self.random and not self._fetched:
+            raise TrainingError(
+                f"the dataset draws at random, but the batch of step {self.step} was not fetched by "
+                "recorder.fetch(indices), so replay could not draw the same; nothing was changed. Write "
+                "inputs, targets = recorder.fetch(indices) in the loop"
             )
         norm = gradient_norm([p.grad for p in self.parameters if p.grad is not None])
         if not math.isfinite(norm):

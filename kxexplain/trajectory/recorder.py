@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError, KxError, TrainingError
+from kxexplain.shapes import Inputs
 from kxexplain.trajectory import keep as keeping
 from kxexplain.trajectory import rng
+from kxexplain.trajectory.batches import fetch
+from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.deferral import Deferral
 from kxexplain.trajectory.describe import check_budget, describe
 from kxexplain.trajectory.losses import LossFunction
@@ -45,13 +48,23 @@ def record(
     keep: str | int = "epoch",
     reduction: Literal["mean", "sum"] = "mean",
     seed: int | None = None,
+    clip_value: float | None = None,
     overwrite: bool = False,
     resume: bool = False,
 ) -> Recorder:
     """Record your own training loop into the folder ``out``; use it as a context manager.
 
     ``loss`` (a name or a function giving one loss per example) and ``reduction`` say what the loop
-    minimises over each batch; the loop calls ``recorder.step(indices)`` after ``optimizer.step()``.
+    minimises over each batch; the loop calls ``recorder.step(indices)`` after ``optimizer.step()``, also where it
+    accumulated the gradient over several forward passes (equally weighted examples; replay makes it one pass, so
+    neither dropout nor batch norm in training mode).
+    Weights of examples or classes belong into the loss function, as factors of its losses; a sample's own weight can
+    be part of its target: ``lambda f, y: cross_entropy(f, y[:, 0].long(), reduction="none") * y[:, 1]``. Torch's
+    weighted mean divides by the batch's weights: that is ``losses * w * (len(w) / w.sum())``, and "mean".
+    A loop that multiplies its gradients (``clip_grad_norm_``) tells ``recorder.step(..., clip=factor)``; one that
+    (after that) clamps them, as ``clip_grad_value_`` does, gives ``clip_value``; what it took away is "unattributed".
+    A dataset that augments at random must draw from torch's global generator, and its batches must come from
+    ``recorder.fetch(indices)``, so that replay draws the same; ``TrainingError`` before the first step if they do not.
     ``keep`` says which states to keep: "step", "epoch", a number of steps, or a size like "200MB".
     ``seed`` is only noted. With ``resume`` a run that was interrupted goes on: model, optimiser and random generators
     are set to its last state, and the loop continues with batch number ``recorder.position``; where ``out`` holds no
@@ -80,9 +93,12 @@ def record(
     if resume and overwrite:
         raise ArgumentError("resume=True and overwrite=True exclude each other; choose one")
     path, policy = folder(out), keeping.parse(keep)
-    manifest = describe(model, optimizer, loss, dataset, keep=keep, reduction=reduction, seed=seed)
+    settings: dict[str, Any] = {**Clipping.asked(value=clip_value).settings}
+    manifest = describe(
+        model, optimizer, loss, dataset, keep=keep, reduction=reduction, seed=seed, settings=settings
+    )  # fmt: skip
     check_budget(policy, model)
-    recorder = Recorder(model, optimizer, manifest, policy, path=path, loss=loss, overwrite=overwrite)
+    recorder = Recorder(model, optimizer, manifest, policy, path=path, loss=loss, dataset=dataset, overwrite=overwrite)
     if resume and is_trajectory(path):
         old = Trajectory.open(path, loss if callable(loss) else None)
         old.check_model(model)
@@ -108,9 +124,11 @@ class Recorder:
         *,
         path: Path,
         loss: str | LossFunction,
+        dataset: Any,
         overwrite: bool = False,
     ) -> None:
         self.path = path
+        self._dataset = dataset
         self._overwrite = overwrite
         self.manifest = manifest
         self.extra: Callable[[], dict[str, Any]] = dict
@@ -172,7 +190,7 @@ class Recorder:
         return self
 
     def _begin(self) -> None:
-        observer = Observer(self._model, self._optimizer)
+        observer = Observer(self._model, self._optimizer, random=self.manifest.dataset.random)
         self._observer = observer
         if self._resumed is None:
             self._capture()  # weights that cannot be recorded are refused before an old run is removed
@@ -210,6 +228,18 @@ class Recorder:
                 f"the last optimizer.step(), at step {observer.step}, was not followed by "
                 "recorder.step(indices); the trajectory ends at the last state before it"
             )
+
+    def fetch(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple[Inputs, Tensor]:
+        """The examples at ``indices`` as a batch (inputs, targets) on the model's device.
+
+        A loop need not use it, unless the dataset draws at random: then replay draws the same from the generator state
+        noted here. Nothing else may draw between this and the forward pass. ``ArgumentError`` for indices that are no
+        examples; ``DatasetError`` if they cannot be put in one batch.
+        """
+        observer = _entered(self._observer)
+        batch = _checked(indices, self.manifest.dataset.count)
+        observer.fetching(batch)
+        return fetch(self._dataset, batch, observer.device)
 
     def step(
         self,
@@ -250,6 +280,7 @@ class Recorder:
         observer, writer = _entered(self._observer), _entered(self._writer)
         observer.check_one_step()
         batch = _checked(indices, self.manifest.dataset.count)
+        observer.check_fetched(batch)
         value = math.nan if loss is None else _number(loss)
         if epoch is not None:
             epoch = _epoch(epoch)

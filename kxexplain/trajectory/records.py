@@ -231,7 +231,8 @@ def _tensor(row: _Fields) -> TensorRecord:
 
 
 def _fingerprint(fields: _Fields) -> Fingerprint:
-    return Fingerprint(fields.get("count", int), fields.get("ordered", str), fields.get("unordered", str))
+    random = "random" in fields.values and fields.get("random", bool)  # older manifests lack it
+    return Fingerprint(fields.get("count", int), fields.get("ordered", str), fields.get("unordered", str), random)
 
 
 def _optimizer(fields: _Fields) -> OptimizerRecord:

@@ -16,6 +16,7 @@ from kxexplain.errors import ArgumentError, ReplayError
 from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory import rng
 from kxexplain.trajectory.batches import fetch
+from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.forward import Forward, assign, forward, gradients, private_copy
 from kxexplain.trajectory.log import Modes
 from kxexplain.trajectory.records import StepRecord
@@ -50,7 +51,8 @@ class Watch(Protocol):
 class ReplayedStep:
     """A redone step: its record, outputs, losses ``(n,)`` and the reduced loss' gradients.
 
-    ``gradients`` lacks parameters without one in this step, which the optimiser leaves alone.
+    ``gradients`` are those before clipping, and lack parameters without one in this step, which the optimiser leaves
+    alone.
     """
 
     record: StepRecord
@@ -85,6 +87,7 @@ class Replayer:
         self.position = -1
         self.drift = 0.0
         self._loss = trajectory.loss
+        self._clipping = Clipping.noted(trajectory.manifest.settings)
         self._recorded = {state.step for state in trajectory.states}
         self._rng: rng.RngState = {}
         self._stack = ExitStack()
@@ -118,7 +121,7 @@ class Replayer:
         factor = record.sign * record.clip
         for parameter in self._optimized:  # also those frozen since the last step
             parameter.grad = None
-        assign(trained, found if factor == 1 else [g if g is None else g * factor for g in found])
+        assign(trained, self._clipping.applied(found, factor))
         set_rates(self.optimizer, record.rates)
         self.optimizer.step()
         self._rng = rng.capture(self.device)
@@ -192,9 +195,10 @@ class Replayer:
             raise ReplayError(
                 f"replaying to step {self.position} ended {drift:.1e} (relative) away from the "
                 f"recorded state, in {name!r}; at most {tolerance:.0e} is rounding. Likely causes: "
-                "the dataset's order or values changed, random augmentation, dropout drawn from a "
-                "generator of its own, another number of threads or another machine, or gradients "
-                "clipped or changed outside the recorder; recording more states shortens replay"
+                "the dataset's order or values changed, dropout or augmentation drawn from another generator "
+                "than torch's global one, another number of threads or another machine, or gradients "
+                "clipped or changed without telling the recorder (by norm: recorder.step(clip=factor); by value: "
+                "record(clip_value=...)); recording more states shortens replay"
             )
         self._load(state)
 

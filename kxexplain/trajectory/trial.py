@@ -13,6 +13,7 @@ from kxexplain.errors import ArgumentError, DatasetError, KxError, ModelError, T
 from kxexplain.shapes import Inputs
 from kxexplain.trajectory import rng
 from kxexplain.trajectory.batches import all_targets, call, fetch, leaves
+from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.forward import assign, gradients, private_copy
 from kxexplain.trajectory.losses import OWN, LossFunction, check_losses
 from kxexplain.trajectory.observe import check_precision, gradient_norm
@@ -60,7 +61,7 @@ def rehearse(
                 if everything is not None:
                     _check_classes(manifest.loss, outputs, everything, torch.arange(len(everything)))
                 first = found
-        assign(trained, first)
+        _clip(Clipping.noted(manifest.settings), first, trained)
         try:
             optimizer.step()
         except Exception as error:
@@ -108,6 +109,16 @@ def _gradients(total: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
         raise ModelError(
             f"the loss cannot be differentiated: {_words(error)}; model and loss must consist of operations "
             "that torch can differentiate"
+        ) from error
+
+
+def _clip(clipping: Clipping, found: list[Tensor | None], parameters: list[nn.Parameter]) -> None:
+    try:
+        assign(parameters, clipping.applied(found, clipping.factor(found)))
+    except Exception as error:  # torch's own reasons, such as sparse gradients
+        message = str(error).splitlines()[0]
+        raise ArgumentError(
+            f"these gradients cannot be clipped: {type(error).__name__}: {message}; leave out clip_norm and clip_value"
         ) from error
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -161,8 +163,40 @@ def test_nested_examples_and_odd_sizes():
 
 
 class Noisy(Listed):
+    """Draws noise for some of its examples: from torch's generator, or as told."""
+
+    def __init__(self, draw=lambda: torch.rand(1), among=range(11)):
+        super().__init__()
+        self.draw, self.among = draw, among
+
     def __getitem__(self, i):
-        return self.x[i] + torch.rand(1), int(self.y[i])
+        return self.x[i] + (self.draw() if i in self.among else 0), int(self.y[i])
+
+
+OWN = torch.Generator()
+NOT_REPLAYABLE = {
+    "numpy": lambda: float(np.random.rand()),  # noqa: NPY002
+    "python": random.random,
+    "a generator of its own": lambda: torch.rand(1, generator=OWN),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 20])
+@pytest.mark.parametrize("among", [range(11), [7]])
+def test_fingerprint_of_a_random_dataset(among, chunk, monkeypatch):
+    """The same from any state of the generator, which stays as it was, in any order and portions."""
+    expected = fingerprint(Noisy(among=among))
+    monkeypatch.setattr(fingerprints, "CHUNK_BYTES", chunk)
+    state = torch.get_rng_state()
+    assert fingerprint(Noisy(among=among)) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    assert expected.random
+    assert not fingerprint(Listed()).random
+    turned = Subset(Noisy(among=among), list(range(10, -1, -1)))
+    assert expected.difference(fingerprint(turned)) == "the same examples in another order"
+    assert "other contents" in expected.difference(fingerprint(Noisy(lambda: 2 * torch.rand(1), among)))
+    for one, two, words in ((expected, fingerprint(Listed()), "always"), (fingerprint(Listed()), expected, "drawn")):
+        assert one.difference(two).startswith(f"as many examples, but {words}")
 
 
 class Endless(IterableDataset):
@@ -173,7 +207,7 @@ class Endless(IterableDataset):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (Noisy(), "random augmentation"),
+        *((Noisy(draw), "random augmentation.*torch's global generator") for draw in NOT_REPLAYABLE.values()),
         (Endless(), "no length"),
         (TensorDataset(X[:0], Y[:0]), "empty"),
         ([], "empty"),

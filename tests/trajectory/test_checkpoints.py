@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from kxexplain import import_checkpoints
 from kxexplain.errors import ArgumentError, DatasetError, KxError, ModelError, TrainingError, TrajectoryError
@@ -22,6 +22,17 @@ from kxexplain.trajectory.checkpoints import files
 from tests.trajectory.runs import CASES, build, examples, named, unchecked
 
 DATA = examples(12)
+
+
+class Noisy(Dataset):
+    """Examples with noise of torch's generator, another one whenever they are served."""
+
+    def __len__(self) -> int:
+        return len(DATA)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, target = DATA[index]
+        return inputs + torch.randn_like(inputs), target
 
 
 def model_of(case: str = "mlp") -> nn.Module:
@@ -224,6 +235,8 @@ def test_arguments(tmp_path: Path) -> None:
             unchecked(import_checkpoints)(tmp_path, model, DATA, out=out, **options)
     with pytest.raises(DatasetError, match="empty"):
         import_checkpoints(tmp_path, model, TensorDataset(torch.zeros(0, 6), torch.zeros(0)), out=out)
+    with pytest.raises(DatasetError, match="draws at random"):
+        import_checkpoints(tmp_path, model, Noisy(), out=out)
     assert not out.exists()
     import_checkpoints(tmp_path, model, DATA, out=out)
     with pytest.raises(TrajectoryError, match="already holds a trajectory"):

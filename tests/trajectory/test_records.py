@@ -29,7 +29,7 @@ members = st.lists(names, max_size=2).map(tuple)
 parts = st.fixed_dictionaries(
     {
         "model": st.tuples(names, tensors, tensors, members),
-        "dataset": st.tuples(counts, names, names),
+        "dataset": st.tuples(counts, names, names, st.booleans()),
         "optimizer": st.tuples(names, st.lists(st.tuples(members, tables), max_size=2)),
         "loss": names,
         "reduction": st.sampled_from(["mean", "sum"]),
@@ -109,14 +109,20 @@ def test_hand_edited_manifests_are_refused(path):
             continue
         if wrong == ["x"] and path[-1] in ("training", "names"):
             continue
+        if wrong is True and path[-1] == "random":
+            continue
         text = edited(path, lambda place, key, wrong=wrong: place.__setitem__(key, wrong))
         with pytest.raises(TrajectoryError, match=r"manifest\.json"):
             Manifest.from_json(text)
     if path == ("logged",):  # a manifest from before checkpoints could be imported
         assert Manifest.from_json(edited(path, delete)).logged is True
-    elif isinstance(path[-1], str):
+    elif isinstance(path[-1], str) and path[-1] != "random":
         with pytest.raises(TrajectoryError, match=str(path[-1])):
             Manifest.from_json(edited(path, delete))
+
+
+def test_manifests_from_before_random_datasets():
+    assert Manifest.from_json(edited(("dataset", "random"), delete)) == EXAMPLE
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", "{", '{"format": "other"}', "[" * 100_000])
