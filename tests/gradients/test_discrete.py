@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kxexplain.gradients import DiscreteGradient, layout_of, squared_norm, trainable
+from kxexplain.gradients.capture import Capture
 from kxexplain.gradients.products import dot
 from kxexplain.trajectory.batches import call, count, outputs_2d, take
 from tests import cases, reference
@@ -190,8 +191,29 @@ def test_no_model_falls_back_unnoticed(name: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", list(CASES))
 def test_every_use_is_in_sight(name: str, training: bool) -> None:
-    """So would taking parameters one example at a time."""
+    """So would taking parameters one example at a time, which every architecture is spared."""
     problem = CASES[name].build()
-    layout = layout_of(problem.model.train(training), problem.inputs, trainable(problem.model))
+    model, inputs = problem.model.train(training), problem.inputs
+    layout = layout_of(model, inputs, trainable(model))
     assert not layout.blind
     assert not layout.loose
+    capture = Capture(trainable(model), layout, count(inputs))
+    with capture:
+        call(model, inputs)
+    assert not capture.loose
+
+
+ALONE = ("time-maximum", "time-unknown")
+"""Operations without a rule whose first axis is not the examples': exact one example at a time."""
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in FOREIGN])
+def test_discrete_gradients_need_no_pass_per_example(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Capture] = []
+    monkeypatch.setattr("kxexplain.gradients.discrete.Capture", lambda *a: made.append(Capture(*a)) or made[-1])
+    problem = CASES[name].build()
+    start = moving(problem.model.eval())
+    discrete = DiscreteGradient(problem.model, list(start))
+    discrete(start, moved(start, 0.1, problem.model), problem.inputs, EVERY)
+    assert not made[-1].loose
+    assert discrete.one_by_one == (name in ALONE)
