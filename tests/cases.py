@@ -697,8 +697,7 @@ TABLE: list[Case] = [
     Case("rnn", lambda: Stacked(nn.RNN, num_layers=2, bias=False), sequences, rate=0.05),
     Case("rnn-relu", lambda: Stacked(
         nn.RNN, nonlinearity="relu", bidirectional=True), sequences, smooth=False, rate=0.02),
-    Case("lstm-stacked", lambda: Stacked(
-        nn.LSTM, num_layers=2, bidirectional=True, proj_size=3), sequences, rate=0.05),
+    Case("lstm-stacked", lambda: Stacked(nn.LSTM, num_layers=2, bidirectional=True), sequences, rate=0.05),
     Case("cells", Cells, sequences),
     Case("algebra", Algebra, sequences, smooth=False, rate=0.02),
     Case("low-rank", LowRank, sequences, kind=_kinds("batch-norm")),

@@ -233,6 +233,15 @@ def test_what_falls_back_is_exact() -> None:
     assert capture.loose == {name for name in trainable(model) if name.startswith("net")}
 
 
+def test_recurrent_projections() -> None:
+    problem = Case("projected", lambda: cases.Stacked(nn.LSTM, proj_size=3, bidirectional=True), cases.sequences).build()
+    model, x = problem.model, problem.inputs
+    layout = layout_of(model, x, trainable(model))
+    _, factors = output_gradients(model, x, layout)
+    assert_close(written_out(factors, model), reference.jacobian(model, x), 1e-12)
+    assert not layout.loose
+
+
 def test_dropout_between_recurrent_layers_falls_back() -> None:
     """In training its draws are the fused call's own; at rest it is like any other."""
     model = cases.Stacked(nn.LSTM, num_layers=2, dropout=0.5).double()
