@@ -500,7 +500,7 @@ class Algebra(nn.Module):
         h = torch.tanh(h / self.vector.square().mean().add(1.0).sqrt()).clone()
         h *= self.vector
         h /= 1 + self.gate.abs() + self.vector**2
-        return self.head(h.mean(1)) + (h @ self.vector).sum(1, keepdim=True)
+        return self.head(h.mean(1)) + (h @ self.vector).mean(1, keepdim=True) / 4
 
 
 class LowRank(nn.Module):

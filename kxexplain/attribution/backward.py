@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kxexplain.attribution.ledger import Ledger, against
 from kxexplain.attribution.queries import QuerySide
+from kxexplain.attribution.rounding import cancelled, without
 from kxexplain.attribution.walk import Segment, bounds, pull_of, share_of, watched
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Factors, scale, size
@@ -53,6 +54,8 @@ class _Step:
     factor: float
     recursions: dict[str, Recursion]
     decaying: Tensors
+    rounding: Tensors
+    """Gradients that are no example's (:mod:`kxexplain.attribution.rounding`)."""
 
     @property
     def bytes(self) -> int:
@@ -203,10 +206,14 @@ class BackwardWalk:
                     moments[name] = earlier + recursion.intake * gradient
                     alone[name] -= recursion.applied * moments[name]
         share = share_of(self.trajectory, record)
-        jacobian = None if watch.jacobian is None else scale(watch.jacobian, dict.fromkeys(own, share))
+        adaptive = [
+            n for n, r in recursions.items() if any(isinstance(by, Tensor) for by in (r.direct, r.intake, r.applied))
+        ]
+        masks, rest = cancelled(watch.factors, taken.gradients, adaptive)
+        jacobian = None if watch.jacobian is None else scale(without(watch.jacobian, masks), dict.fromkeys(own, share))
         return _Step(
-            torch.as_tensor(record.indices), watch.factors, pull_of(watch.pull / -share), jacobian,
-            record.sign * record.clip, recursions, decaying,
+            torch.as_tensor(record.indices), without(watch.factors, masks), pull_of(watch.pull / -share), jacobian,
+            record.sign * record.clip, recursions, decaying, rest,
         )  # fmt: skip
 
     def _own(self, replayer: Replayer) -> dict[str, torch.nn.Parameter]:
@@ -291,6 +298,8 @@ class _Costate:
             self.ledger.enter("regularizer", segment, self.rows, -self._worth_of(step.decaying, straight))
         if step.factors:
             signed = {n: _sum((-step.factor * by.sign, gradient[n])) for n, by in step.recursions.items()}
+            if step.rounding:
+                self.ledger.enter("unattributed", segment, self.rows, self._worth_of(step.rounding, signed))
             found = self._against(step.factors, signed)[:, 0]
             blocks = None if step.jacobian is None else -self._against(step.jacobian, signed)
             indices = step.indices.to(found.device)

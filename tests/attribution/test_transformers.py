@@ -71,9 +71,7 @@ def problem_of(name: str, dtype: torch.dtype, frozen: bool = True) -> Problem:
     model = make().to(dtype)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or key.startswith(f"body.{block}") or key.startswith("head"))
-    data, queries = (
-        Pairs(sentences(n, name == "bert"), torch.randint(CLASSES, (n,))) for n in (9, 3)
-    )
+    data, queries = (Pairs(sentences(n, name == "bert"), torch.randint(CLASSES, (n,))) for n in (9, 3))
     return Problem(model, data, queries, "cross_entropy")
 
 

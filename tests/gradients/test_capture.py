@@ -234,7 +234,9 @@ def test_what_falls_back_is_exact() -> None:
 
 
 def test_recurrent_projections() -> None:
-    problem = Case("projected", lambda: cases.Stacked(nn.LSTM, proj_size=3, bidirectional=True), cases.sequences).build()
+    problem = Case(
+        "projected", lambda: cases.Stacked(nn.LSTM, proj_size=3, bidirectional=True), cases.sequences
+    ).build()
     model, x = problem.model, problem.inputs
     layout = layout_of(model, x, trainable(model))
     _, factors = output_gradients(model, x, layout)
