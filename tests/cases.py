@@ -121,6 +121,12 @@ def sequences(count: int) -> Tensor:
     return torch.randn(count, 4, 6)
 
 
+def sentences(count: int) -> list[dict[str, Tensor]]:
+    """Words and how many of them count."""
+    lengths = torch.randint(1, 6, (count,))
+    return [{"words": torch.randint(1, 7, (5,)), "length": length} for length in lengths]
+
+
 def tuples(count: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(6), torch.randn(4)) for _ in range(count)]
 
@@ -397,6 +403,121 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x.transpose(0, 1))[0][-1])
 
 
+class Stacked(nn.Module):
+    """A recurrent net of any kind: its outputs, its last states and a learned first state are all used."""
+
+    def __init__(self, make: Callable[..., nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.net = make(6, 4, batch_first=True, **options)
+        self.directions = 2 if self.net.bidirectional else 1
+        self.start = nn.Parameter(torch.randn(self.net.num_layers * self.directions, 1, self.net.proj_size or 4) / 2)
+        self.head = nn.Linear((self.net.proj_size or 4) * self.directions, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.start.expand(-1, len(x), -1).contiguous()
+        if isinstance(self.net, nn.LSTM):
+            outputs, (last, memory) = self.net(x, (state, state.new_zeros(len(state), len(x), 4)))
+            extra = memory.mean((0, 2))[:, None]
+        else:
+            outputs, last = self.net(x, state)
+            extra = last.mean((0, 2))[:, None]
+        return self.head(outputs.mean(1)) + extra + last.sum((0, 2))[:, None]
+
+
+class Cells(nn.Module):
+    """Recurrent cells in a loop over time; the examples of one of them are the words of a batch's sentences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru, self.rnn = nn.LSTMCell(6, 4), nn.GRUCell(4, 4), nn.RNNCell(4, 4, bias=False)
+        self.words, self.head = nn.GRU(2, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, c, g, r = (x.new_zeros(len(x), 4) for _ in range(4))
+        for step in x.unbind(1):
+            h, c = self.lstm(step, (h, c))
+            g = self.gru(h, g)
+            r = self.rnn(g, r)
+        words = self.words(x.reshape(-1, 3, 2).transpose(0, 1))[1][0]
+        return self.head(r + h + words.view(len(x), -1, 4).mean(1))
+
+
+class Padded(nn.Module):
+    """Sentences of different lengths: padding masks in MultiheadAttention, and in scaled-dot-product attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 8, padding_idx=0)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, CLASSES)
+
+    def forward(self, words: Tensor, length: Tensor) -> Tensor:
+        there = torch.arange(words.shape[1], device=words.device) < length[:, None]
+        h = self.layer(self.words(words), src_key_padding_mask=~there)
+        q, k, v = self.qkv(h).chunk(3, -1)
+        h = h + F.scaled_dot_product_attention(q, k, v, attn_mask=there[:, None, :])
+        return self.head((h * there[..., None]).sum(1) / length[:, None])
+
+
+class Bags(nn.Module):
+    """Bags of embeddings: summed with weights, averaged without padding, and bags of two words each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = nn.ModuleList(
+            nn.EmbeddingBag(7, 5, mode=mode, padding_idx=place)
+            for mode, place in (("sum", 2), ("mean", 3), ("sum", None))
+        )
+        self.head = nn.Linear(5, CLASSES)
+
+    def forward(self, words: Tensor) -> Tensor:
+        h = self.bags[0](words, per_sample_weights=words.to(self.head.weight.dtype) / 7)
+        pairs = self.bags[2](words[:, :4].reshape(-1, 2)).view(len(words), 2, 5)
+        return self.head(torch.tanh(h + self.bags[1](words)) * pairs.prod(1))
+
+
+class Algebra(nn.Module):
+    """Parameters outside any layer, in products of every shape and values computed from them first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.mix = nn.Parameter(torch.randn(2, 6, 4) / 2), nn.Parameter(torch.randn(4, 4) / 2)
+        self.down, self.up = nn.Parameter(torch.randn(2, 8) / 2), nn.Parameter(torch.randn(8, 2) / 2)
+        self.temperature, self.gate = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.zeros(8))
+        self.missing, self.vector = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+        self.start, self.table = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(5, 8))
+        self.head = nn.utils.parametrizations.weight_norm(nn.Linear(8, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = len(x)
+        h = torch.einsum("ntd,hdk->nhtk", x, self.heads)
+        h = torch.tanh(self.mix @ h + torch.einsum("...k,kj->...j", h, self.mix))
+        h = h.transpose(1, 2).reshape(n, 4, 8) + (x.unsqueeze(1) @ self.heads).transpose(1, 2).flatten(2)
+        h = h @ (self.up @ self.down) / self.temperature.exp()  # two small matrices in place of one
+        h = torch.where(x[..., :1] > 1, self.missing, h) * torch.sigmoid(2 - self.gate)
+        h = torch.cat([self.start.repeat(n, 1, 1), h], 1)
+        h = h + self.table[x[:, 0].argmax(1) % 5].unsqueeze(1)
+        h = torch.tanh(h / self.vector.square().mean().add(1.0).sqrt()).clone()
+        h *= self.vector
+        h /= 1 + self.gate.abs() + self.vector**2
+        return self.head(h.mean(1)) + (h @ self.vector).mean(1, keepdim=True) / 4
+
+
+class LowRank(nn.Module):
+    """A low-rank change of a linear layer, through addmm, and a spectral norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.a, self.b = nn.Linear(6, 6), nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 6))
+        self.shift = nn.Parameter(torch.randn(6))
+        self.normed = nn.utils.parametrizations.spectral_norm(nn.Linear(6, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, time, d = x.shape
+        h = torch.tanh(self.base(x) + torch.addmm(self.shift, x.view(-1, d), self.a @ self.b).view(n, time, d))
+        return self.normed(h).mean(1)
+
+
 class TimeMaximum(nn.Module):
     """Time first, then the largest over time: an unknown operation whose first axis is not the examples'."""
 
@@ -489,6 +610,32 @@ def transposed_convolution() -> nn.Module:
     )  # fmt: skip
 
 
+def transposed_convolutions(dimensions: int) -> nn.Module:
+    """Strided, dilated, grouped and padded on both sides."""
+    up = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dimensions - 1]
+    pool = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)[dimensions - 1]
+    return nn.Sequential(
+        up(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2), nn.Tanh(),
+        up(4, CLASSES, 2, dilation=2, padding=1, bias=False), pool(1), nn.Flatten(),
+    )  # fmt: skip
+
+
+def padding_modes() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), nn.Tanh(),
+        nn.Conv2d(3, 3, 3, padding=(2, 1), padding_mode="reflect", stride=2), nn.Tanh(),
+        nn.Conv2d(3, CLASSES, 3, padding="same", padding_mode="replicate"), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+
+
+def dropped() -> nn.Module:
+    """Dropout that draws in training, and rests when asked."""
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 8), nn.GELU(), nn.AlphaDropout(0.2),
+        nn.Linear(8, CLASSES),
+    )  # fmt: skip
+
+
 def _sorted(x: Tensor) -> Tensor:
     return torch.sort(x, dim=1).values
 
@@ -540,6 +687,21 @@ TABLE: list[Case] = [
     Case("rms-norm", lambda: Normed(lambda: nn.RMSNorm([4, 4, 4])), images),
     Case("batch-norm-1d", lambda: nn.Sequential(
         nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, CLASSES)), vectors, kind=_kinds("batch-norm")),
+    Case("local-response-norm", lambda: Normed(lambda: nn.LocalResponseNorm(3, alpha=0.5)), images),
+    Case("conv-transposed-2d", lambda: transposed_convolutions(2), images, smooth=False),
+    Case("conv-transposed-3d", lambda: transposed_convolutions(3), volumes, smooth=False),
+    Case("padding-modes", padding_modes, images),
+    Case("embedding-bags", Bags, tokens),
+    Case("attention-padded", Padded, sentences, smooth=False),
+    Case("gru", lambda: Stacked(nn.GRU, num_layers=2, bidirectional=True), sequences, rate=0.05),
+    Case("rnn", lambda: Stacked(nn.RNN, num_layers=2, bias=False), sequences, rate=0.05),
+    Case("rnn-relu", lambda: Stacked(
+        nn.RNN, nonlinearity="relu", bidirectional=True), sequences, smooth=False, rate=0.02),
+    Case("lstm-stacked", lambda: Stacked(nn.LSTM, num_layers=2, bidirectional=True), sequences, rate=0.05),
+    Case("cells", Cells, sequences),
+    Case("algebra", Algebra, sequences, smooth=False, rate=0.02),
+    Case("low-rank", LowRank, sequences, kind=_kinds("batch-norm")),
+    Case("dropout", dropped, vectors, smooth=False, kind=_kinds("random")),
     Case("sort", lambda: Between(_sorted), vectors, smooth=False, kind=UNKNOWN),
     Case("cumprod", lambda: Between(_cumprod), vectors, kind=UNKNOWN),
     Case("custom-function", lambda: Between(Softplus2.apply), vectors, kind=UNKNOWN),

@@ -57,9 +57,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         wide = name in TABLES and (not core or ("dtype1" in chosen and name != "test_every_case_at_every_stride"))
         if wide or (name == "test_from_the_smallest_rate_to_the_largest" and "mlp-relu-dtype0" not in chosen):
             item.add_marker(pytest.mark.slow)
+        if item.path.name == "test_discrete.py" and chosen.removesuffix("]") in UNROLLED:
+            item.add_marker(pytest.mark.slow)
         if name == "test_exact_on_ends_nearly_equal" and chosen.endswith(("-1e-12]", "-0.0001]")):
             item.add_marker(pytest.mark.slow)
 
+
+UNROLLED = ("gru", "lstm-stacked", "cells")
+"""Recurrent cases that take seconds between two states; smaller ones are taken by every run."""
 
 WHOLE = ("test_complete.py", "test_rules_compare.py", "test_agreement.py")
 """Files that take minutes; every run takes the completeness of a few cases and what is quick."""

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kxexplain.attribution.ledger import Ledger, against
 from kxexplain.attribution.queries import QuerySide
+from kxexplain.attribution.rounding import cancelled, without
 from kxexplain.attribution.walk import Segment, bounds, is_steady, pull_of, share_of, watched
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Factors, scale, size, wide
@@ -55,14 +56,14 @@ class _Step:
     factor: float
     recursions: dict[str, Recursion]
     decaying: Tensors
-    clamped: Tensors
-    """What clamping by value did to the gradient, which is no example's."""
+    strays: Tensors
+    """Gradients that are no example's: what clamping by value did, and rounding."""
 
     @property
     def bytes(self) -> int:
         """What it takes to keep."""
         held = [v for r in self.recursions.values() for v in (r.direct, r.intake, r.applied) if isinstance(v, Tensor)]
-        held += [*self.decaying.values(), *self.clamped.values()]
+        held += [*self.decaying.values(), *self.strays.values()]
         return size([*self.factors, *(self.jacobian or [])]) + sum(t.numel() * t.element_size() for t in held)
 
 
@@ -204,16 +205,17 @@ class BackwardWalk:
         watch = StepGradients(
             self.layout, dict(own), len(record.indices), self.jacobian, steady=is_steady(self.trajectory)
         )  # fmt: skip
-        taken = watch.accounted(replayer.advance(watch).gradients)
-        recursions, decaying, clamped = dict.fromkeys(own, STILL), {}, {}
+        found = replayer.advance(watch).gradients
+        taken, sign = watch.accounted(found), record.sign * record.clip
+        recursions, decaying, strays = dict.fromkeys(own, STILL), {}, {}
         for group, rate in zip(self.trajectory.manifest.optimizer.groups, record.rates, strict=True):
             for name in set(group.names) & taken.keys():
                 new = replayer.optimizer.state.get(own[name], {})
                 recursions[name] = recursion = self.itemised.rule(group.options, rate, held[name], new)
-                given = record.sign * record.clip * taken[name]
+                given = sign * taken[name]
                 used = self.clipping.clamped(given)
                 if used is not given and not torch.equal(used, given):
-                    clamped[name] = recursion.sign * (used - given)
+                    strays[name] = recursion.sign * (used - given)
                 gradient = recursion.sign * used
                 if recursion.l2 or recursion.shrink:
                     decaying[name] = alone[name].clone()
@@ -223,13 +225,16 @@ class BackwardWalk:
                     earlier = recursion.memory * moments[name] if name in moments else 0.0
                     moments[name] = earlier + recursion.intake * gradient
                     alone[name] -= recursion.applied * moments[name]
-        share = share_of(self.trajectory, record)
-        jacobian = None if watch.jacobian is None else scale(watch.jacobian, dict.fromkeys(own, share))
-        rows = len(record.indices)
+        masks, rest = cancelled(watch.factors, found, [n for n, r in recursions.items() if _adaptive(r)])
+        for name, stray in rest.items():  # found was replaced by what the shares add up to
+            stray = recursions[name].sign * sign * (stray + taken[name] - found[name])
+            strays[name] = strays[name] + stray if name in strays else stray
+        rows, share = len(record.indices), share_of(self.trajectory, record)
+        jacobian = None if watch.jacobian is None else scale(without(watch.jacobian, masks), dict.fromkeys(own, share))
         return _Step(
-            torch.as_tensor(record.indices), self._moved("updates", watch.factors, rows), pull_of(watch.pull / -share),
-            None if jacobian is None else self._moved("jacobian", jacobian, rows),
-            record.sign * record.clip, recursions, decaying, clamped,
+            torch.as_tensor(record.indices), self._moved("updates", without(watch.factors, masks), rows),
+            pull_of(watch.pull / -share), None if jacobian is None else self._moved("jacobian", jacobian, rows),
+            sign, recursions, decaying, strays,
         )  # fmt: skip
 
     def _moved(self, kind: str, factors: Factors, rows: int) -> Factors:
@@ -324,8 +329,8 @@ class _Costate:
                     straight[name] = taken
         if straight:
             self.ledger.enter("regularizer", segment, self.rows, -self._worth_of(step.decaying, straight))
-        if step.clamped:
-            self.ledger.enter("unattributed", segment, self.rows, -self._worth_of(step.clamped, gradient))
+        if step.strays:
+            self.ledger.enter("unattributed", segment, self.rows, -self._worth_of(step.strays, gradient))
         if step.factors:
             signed = {n: _sum((-step.factor * by.sign, gradient[n])) for n, by in step.recursions.items()}
             found = self._against(step.factors, signed)[:, 0]
@@ -411,6 +416,11 @@ class _Costate:
 
 def _zero(value: Coefficient) -> bool:
     return not isinstance(value, Tensor) and value == 0
+
+
+def _adaptive(by: Recursion) -> bool:
+    """Whether elements of one parameter have rates of their own."""
+    return any(isinstance(value, Tensor) for value in (by.direct, by.intake, by.applied))
 
 
 def _elementwise(values: Mixture) -> bool:

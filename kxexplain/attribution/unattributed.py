@@ -49,7 +49,8 @@ def _cause(trajectory: Trajectory, drift: float | None) -> str:
     value = Clipping.noted(trajectory.manifest.settings).value
     if value is not None:
         return f"{optimizer.title} was given gradients whose elements were clamped to {value:g}; a clamp has no shares"
+    noise = "moved parameters whose gradient is nothing but rounding, such as a bias before batch norm, or "
     return (
-        f"{optimizer.title} began with moments from before the recording, or replay on this machine does not repeat "
-        f"the training closely (drift {drift or 0.0:.1e})"
+        f"{optimizer.title} {'' if optimizer.name == 'SGD' else noise}began with moments from before the recording, or "
+        f"replay on this machine does not repeat the training closely (drift {drift or 0.0:.1e})"
     )

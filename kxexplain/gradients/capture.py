@@ -20,11 +20,23 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from kxexplain.gradients.derived import Derivations
 from kxexplain.gradients.interception import name_of, transparent
+from kxexplain.gradients.sources import Source
 from kxexplain.gradients.two_point import METADATA
 
-Place = tuple[int, int]
-"""Which call of the forward code, and which torch call within it: the same for every batch."""
+Place = tuple[int, ...]
+"""Which call of the forward code, and which torch call within it (and which of its outputs, of several): the same for
+every batch."""
+
+
+FUSED = frozenset(f"{cell}{kind}" for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu") for kind in ("", "_cell")) | {
+    "embedding_bag"
+}
+"""Operations with several outputs (some have one, in some calls) whose examples have to be found in each."""
+
+OVERWRITING = frozenset({"mul_", "div_"})
+"""Operations that overwrite what a parameter meets, which its gradient needs."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +79,6 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A parameter, or a rearrangement of its elements (a slice, a transpose): ``index`` says which.
-
-    ``index`` holds, for each element of the rearrangement, its position in the flattened parameter.
-    """
-
-    name: str
-    tensor: Tensor
-    size: int
-    index: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Use:
     """One contact: what to do with the gradient at ``edge`` is known to the contact's kind."""
 
@@ -110,6 +109,7 @@ class Capture(TorchFunctionMode):
         self.outputs: dict[Place, Any] = {}
         self.lengths: dict[tuple[Place, Any], int] = {}
         self.place: Place = (0, 0)
+        self.derivations = Derivations(parameters)
 
     def around(self) -> AbstractContextManager[Any]:
         """Entered around the forward pass."""
@@ -138,12 +138,18 @@ class Capture(TorchFunctionMode):
                 output = body(*args, **kwargs)
             self.lengths[place, func] = self.place[1] - place[1]
             return output
+        before = args
+        if sources and name in OVERWRITING:
+            before = (args[0].detach().clone(), *args[1:])
         output = func(*args, **kwargs)
         self.place = (place[0], place[1] + 1)
+        several = name in FUSED and isinstance(output, tuple)
+        if several and sources:  # a gradient at one output must not come by way of another
+            output = tuple(t.view_as(t) for t in output)
         if self.layout is None:
-            self.outputs[place] = output
+            self.outputs |= {(*place, leaf): t for leaf, t in enumerate(output)} if several else {place: output}
         elif sources:
-            self._meet(place, name, func, args, kwargs, output, sources)
+            self._meet(place, name, func, before, kwargs, output, sources)
         return output
 
     def _sources(self, values: Iterable[Any]) -> list[Source]:
@@ -167,35 +173,55 @@ class Capture(TorchFunctionMode):
         output: Any,
         sources: Sequence[Source],
     ) -> None:
-        """File a call that involves parameters: as a contact, a rearrangement, or loose."""
+        """File a call that involves parameters: as a contact, a rearrangement, a value derived from them, or loose."""
         from kxexplain.gradients import contacts
 
         assert self.layout is not None
         tensors = [t for t in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(t, Tensor)]
         if not any(t.requires_grad for t in tensors):
             return
-        axis = self.layout.axis(place, output.shape, self.rows) if isinstance(output, Tensor) else None
-        contact = contacts.CONTACTS.get(name)
-        if axis is not None and contact is not None:
-            made = contact(self.sources, args, kwargs, output, axis)
-            if made is not None:
-                kind, used, held = made
-                self.uses.append(Use(kind, used, get_gradient_edge(output), axis, self.rows, output.shape, held))
-                return
+        uses = self._uses(place, name, func, args, kwargs, output)
+        if uses is not None:
+            self.uses += uses
+            return
         fixed = self.layout.is_fixed(place, output) or isinstance(output, (tuple, list))
-        if not (fixed and name in contacts.REARRANGEMENTS and self._rearranged(func, args, kwargs, output, sources)):
-            self.loose.update(source.name for source in sources)
+        if fixed and name in contacts.REARRANGEMENTS and self._rearranged(func, args, kwargs, output, sources):
+            return
+        if fixed and isinstance(output, Tensor) and not name.endswith("_"):
+            derived = self.derivations.derive(func, args, kwargs, output, self.sources)
+            if derived is not None:
+                self.sources[id(output)] = derived
+                return
+        self.loose.update(*(self.derivations.parameters(source.name) for source in sources))
+
+    def _uses(self, place: Place, name: str, func: Any, args: Any, kwargs: Any, output: Any) -> list[Use] | None:
+        """The call as a contact, one use for each of its outputs; ``None`` if it is none."""
+        from kxexplain.gradients import registry
+
+        assert self.layout is not None
+        several = name in FUSED
+        outputs = output if several and isinstance(output, tuple) else (output,)
+        uses = []
+        for leaf, value in enumerate(outputs):
+            if several and not (isinstance(value, Tensor) and value.requires_grad):
+                continue
+            at = (*place, leaf) if len(outputs) > 1 else place
+            axis = self.layout.axis(at, value.shape, self.rows) if isinstance(value, Tensor) else None
+            if axis is None:
+                return None
+            made = registry.made(name, func, self.sources, args, kwargs, value, axis, leaf)
+            if made is None:
+                return None
+            kind, used, held = made
+            uses.append(Use(kind, used, get_gradient_edge(value), axis, self.rows, value.shape, held))
+        return uses
 
     def _rearranged(self, func: Any, args: Any, kwargs: Any, output: Any, sources: Sequence[Source]) -> bool:
         """Follow slices, transposes, look-ups: the same call on element positions says which element went where."""
         (source, *others) = sources
         if others or source.tensor is not args[0]:
             return False
-        positions = source.index
-        if positions is None:
-            positions = torch.arange(source.size, device=source.tensor.device).view(source.tensor.shape)
-        with torch.no_grad():
-            moved = func(positions.to(torch.float64), *args[1:], **kwargs)
+        moved = source.moved(func, args, kwargs)
         tensors = output if isinstance(output, (tuple, list)) else [output]
         for tensor, index in zip(tensors, moved if isinstance(moved, (tuple, list)) else [moved], strict=True):
             self.sources[id(tensor)] = Source(source.name, tensor, source.size, index.long())

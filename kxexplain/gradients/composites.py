@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kxexplain.gradients.rules import quadratic, secant, settle
@@ -130,12 +131,16 @@ def glu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def bilinear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """y_o = x₁ᵀ W_o x₂ + b, as two bilinear steps."""
+    """y_o = x₁ᵀ W_o x₂ + b: a linear layer applied to x₁ ⊗ x₂."""
     x1, x2, weight, *rest = args
-    bias = rest[0] if rest else kwargs.get("bias")
-    inner = torch.einsum("...i,oij->...oj", x1, weight)
-    value = (inner * x2.unsqueeze(-2)).sum(-1)
-    return value if bias is None else value + bias
+    pairs = (x1.unsqueeze(-1) * x2.unsqueeze(-2)).flatten(-2)
+    return F.linear(pairs, weight.flatten(1), rest[0] if rest else kwargs.get("bias"))
+
+
+def embedding_bag(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Sums and means are linear in the table; a maximum is taken by secant."""
+    mode = args[4] if len(args) > 4 else kwargs.get("mode", 0)
+    return (secant if mode == 2 else quadratic)(func, args, kwargs)
 
 
 def dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

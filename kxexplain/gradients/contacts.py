@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kxexplain.gradients.capture import Axis, Source, Use
+from kxexplain.gradients.capture import Axis, Use
 from kxexplain.gradients.factors import Dense, Factors, Outer, compact
+from kxexplain.gradients.sources import Source
 
 Sources = Mapping[int, Source]
 Made = tuple[str, dict[str, Source], dict[str, Any]] | None
@@ -28,31 +29,34 @@ REARRANGEMENTS = frozenset(
 """Operations that only pick or move elements, so that the same call on positions tells which went where."""
 
 
-def _argument(args: Any, kwargs: Any, place: int, name: str, default: Any = None) -> Any:
+def argument(args: Any, kwargs: Any, place: int, name: str, default: Any = None) -> Any:
+    """An operand, by place or by name."""
     return args[place] if len(args) > place else kwargs.get(name, default)
 
 
-def _source(sources: Sources, tensor: Any) -> Source | None:
+def source_of(sources: Sources, tensor: Any) -> Source | None:
+    """The parameter that a value is, if it is one."""
     return sources.get(id(tensor)) if isinstance(tensor, Tensor) else None
 
 
-def _used(**found: Source | None) -> dict[str, Source]:
+def used_as(**found: Source | None) -> dict[str, Source]:
+    """The parameters found, by role."""
     return {role: source for role, source in found.items() if source is not None}
 
 
 def _linear(sources: Sources, args: Any, kwargs: Any, output: Tensor, axis: Axis) -> Made:
-    x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
-    bias = _argument(args, kwargs, 2, "bias")
-    if _source(sources, x) is not None or axis.axis == output.dim() - 1:
+    x, weight = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "weight")
+    bias = argument(args, kwargs, 2, "bias")
+    if source_of(sources, x) is not None or axis.axis == output.dim() - 1:
         return None
-    return "linear", _used(weight=_source(sources, weight), bias=_source(sources, bias)), {"x": x}
+    return "linear", used_as(weight=source_of(sources, weight), bias=source_of(sources, bias)), {"x": x}
 
 
 def _matmul(sources: Sources, args: Any, kwargs: Any, output: Tensor, axis: Axis) -> Made:
-    x, weight = args[0], _argument(args, kwargs, 1, "other")
-    if _source(sources, x) is not None or weight.dim() != 2 or x.dim() < 2 or axis.axis == output.dim() - 1:
+    x, weight = args[0], argument(args, kwargs, 1, "other")
+    if source_of(sources, x) is not None or weight.dim() != 2 or x.dim() < 2 or axis.axis == output.dim() - 1:
         return None
-    return "matmul", _used(weight=_source(sources, weight)), {"x": x}
+    return "matmul", used_as(weight=source_of(sources, weight)), {"x": x}
 
 
 def _convolution(dimensions: int) -> Callable[..., Made]:
@@ -60,10 +64,10 @@ def _convolution(dimensions: int) -> Callable[..., Made]:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
         defaults = (None, None, None, 1, 0, 1, 1)
         x, weight, bias, stride, padding, dilation, groups = (
-            _argument(args, kwargs, i, name, default)
+            argument(args, kwargs, i, name, default)
             for i, (name, default) in enumerate(zip(names, defaults, strict=True))
         )
-        if axis != Axis(0) or _source(sources, x) is not None or x.dim() != dimensions + 2:
+        if axis != Axis(0) or source_of(sources, x) is not None or x.dim() != dimensions + 2:
             return None
         each = [v if isinstance(v, str) else _tuple(v, dimensions) for v in (stride, padding, dilation)]
         held = {
@@ -75,7 +79,7 @@ def _convolution(dimensions: int) -> Callable[..., Made]:
         }
         return (
             "conv",
-            _used(weight=_source(sources, weight), bias=_source(sources, bias)),
+            used_as(weight=source_of(sources, weight), bias=source_of(sources, bias)),
             {**held, "groups": groups},
         )
 
@@ -91,21 +95,21 @@ def _tuple(value: Any, length: int) -> tuple[int, ...]:
 def _embedding(sources: Sources, args: Any, kwargs: Any, output: Tensor, axis: Axis) -> Made:
     """``torch.embedding(weight, indices, padding_idx, scale_grad_by_freq, sparse)``."""
     weight, indices = args[:2]
-    padding = _argument(args, kwargs, 2, "padding_idx", -1)
-    if _argument(args, kwargs, 3, "scale_grad_by_freq", False) or axis.axis >= indices.dim():
+    padding = argument(args, kwargs, 2, "padding_idx", -1)
+    if argument(args, kwargs, 3, "scale_grad_by_freq", False) or axis.axis >= indices.dim():
         return None
-    return "embedding", _used(weight=_source(sources, weight)), {"indices": indices, "padding": padding}
+    return "embedding", used_as(weight=source_of(sources, weight)), {"indices": indices, "padding": padding}
 
 
 def _norm(normalise: Callable[..., Tensor], weight_at: int, channels: bool) -> Callable[..., Made]:
     def contact(sources: Sources, args: Any, kwargs: Any, output: Tensor, axis: Axis) -> Made:
         if kwargs or (axis != Axis(0) and channels):
             return None
-        weight = _source(sources, args[weight_at] if len(args) > weight_at else None)
-        bias = _source(sources, args[weight_at + 1] if len(args) > weight_at + 1 else None)
+        weight = source_of(sources, args[weight_at] if len(args) > weight_at else None)
+        bias = source_of(sources, args[weight_at + 1] if len(args) > weight_at + 1 else None)
         with torch.no_grad():
             x = normalise(*args)
-        return "affine", _used(weight=weight, bias=bias), {"x": x, "channels": channels}
+        return "affine", used_as(weight=weight, bias=bias), {"x": x, "channels": channels}
 
     return contact
 
@@ -156,7 +160,7 @@ def _elementwise(kind: str) -> Callable[..., Made]:
     def contact(sources: Sources, args: Any, kwargs: Any, output: Tensor, axis: Axis) -> Made:
         if kwargs or len(args) != 2:
             return None
-        left, right = (_source(sources, a) for a in args)
+        left, right = (source_of(sources, a) for a in args)
         if (left is None) == (right is None):
             return None
         source, other = (left, args[1]) if left is not None else (right, args[0])
@@ -180,7 +184,7 @@ CONTACTS: dict[str, Callable[..., Made]] = {
 }  # fmt: skip
 
 
-def _rows_first(value: Tensor, axis: Axis, rows: int) -> Tensor:
+def rows_first(value: Tensor, axis: Axis, rows: int) -> Tensor:
     """The example axis first, [n, …]; entries that share it follow as a second axis."""
     moved = value.movedim(axis.axis, 0)
     if axis.inner == 1:
@@ -190,14 +194,14 @@ def _rows_first(value: Tensor, axis: Axis, rows: int) -> Tensor:
     return moved.reshape(axis.inner, rows, *moved.shape[1:]).transpose(0, 1)
 
 
-def _stacked(use: Use, gradients: Tensor) -> Tensor:
+def stacked(use: Use, gradients: Tensor) -> Tensor:
     """Gradients [c, …output] with examples first: [n, c, …]."""
     if len(gradients) == 1:
-        return _rows_first(gradients[0], use.axis, use.rows)[:, None]
-    return torch.stack([_rows_first(g, use.axis, use.rows) for g in gradients], 1)
+        return rows_first(gradients[0], use.axis, use.rows)[:, None]
+    return torch.stack([rows_first(g, use.axis, use.rows) for g in gradients], 1)
 
 
-def _assemble_linear(use: Use, gradients: Tensor) -> Factors:
+def assemble_linear(use: Use, gradients: Tensor) -> Factors:
     """``linear`` and ``x @ w``: one outer product per position."""
     weight, bias = use.sources.get("weight"), use.sources.get("bias")
     x, transposed = use.held["x"].detach(), use.kind == "matmul"
@@ -205,8 +209,8 @@ def _assemble_linear(use: Use, gradients: Tensor) -> Factors:
     name = None if bias is None else bias.name
     if weight is not None and not rearranged and use.axis == Axis(0) and x.dim() == 2:  # the commonest, by far
         return [Outer(weight.name, name, x.unsqueeze(1), gradients.transpose(0, 1).unsqueeze(2), transposed)]
-    a = _rows_first(x, use.axis, use.rows).reshape(use.rows, -1, x.shape[-1])
-    g = _stacked(use, gradients).reshape(use.rows, gradients.shape[0], -1, gradients.shape[-1])
+    a = rows_first(x, use.axis, use.rows).reshape(use.rows, -1, x.shape[-1])
+    g = stacked(use, gradients).reshape(use.rows, gradients.shape[0], -1, gradients.shape[-1])
     if weight is not None and not rearranged:
         return compact(Outer(weight.name, name, a, g, transposed))
     made: Factors = [] if bias is None else [_placed(bias, g.sum(2))]
@@ -254,17 +258,17 @@ def _assemble_embedding(use: Use, gradients: Tensor) -> Factors:
     n, c = use.rows, gradients.shape[0]
     weight = use.sources["weight"]
     vocabulary, width = weight.tensor.shape
-    indices = _rows_first(use.held["indices"], use.axis, n).reshape(n, 1, -1, 1)
-    g = _stacked(use, gradients).reshape(n, c, -1, width)
+    indices = rows_first(use.held["indices"], use.axis, n).reshape(n, 1, -1, 1)
+    g = stacked(use, gradients).reshape(n, c, -1, width)
     g = g * (indices != use.held["padding"]) if use.held["padding"] >= 0 else g
     values = g.new_zeros(n, c, vocabulary, width).scatter_add_(2, indices.expand_as(g), g)
     return [_placed(weight, values.flatten(2))]
 
 
-def _assemble_affine(use: Use, gradients: Tensor) -> Factors:
+def assemble_affine(use: Use, gradients: Tensor) -> Factors:
     """Gain and shift of a norm: per channel, or over the normalised trailing dimensions."""
     n, c = use.rows, gradients.shape[0]
-    g, x = _stacked(use, gradients), _rows_first(use.held["x"], use.axis, n)[:, None]
+    g, x = stacked(use, gradients), rows_first(use.held["x"], use.axis, n)[:, None]
     if use.held["channels"]:
         g, x = g.movedim(2, -1), x.movedim(2, -1)
     made: Factors = []
@@ -275,7 +279,7 @@ def _assemble_affine(use: Use, gradients: Tensor) -> Factors:
     return made
 
 
-def _assemble_broadcast(use: Use, gradients: Tensor) -> Factors:
+def assemble_broadcast(use: Use, gradients: Tensor) -> Factors:
     """A parameter broadcast against data: sum the gradient over the axes it was broadcast along."""
     source, c = use.sources["weight"], gradients.shape[0]
     factor = use.held["factor"]
@@ -283,7 +287,7 @@ def _assemble_broadcast(use: Use, gradients: Tensor) -> Factors:
     scaled = gradients * (factor.detach() if isinstance(factor, Tensor) else factor)
     dims = [d + 1 for d in range(len(full)) if full[d] == 1 and d != use.axis.axis]
     summed = scaled.sum(dims, keepdim=True) if dims else scaled
-    values = torch.stack([_rows_first(g, use.axis, use.rows) for g in summed], 1)
+    values = torch.stack([rows_first(g, use.axis, use.rows) for g in summed], 1)
     if use.axis.inner > 1:
         values = values.sum(2)
     return [_placed(source, values.reshape(use.rows, c, -1))]
@@ -299,6 +303,6 @@ def _placed(source: Source, values: Tensor) -> Dense:
 
 
 ASSEMBLY: dict[str, Callable[[Use, Tensor], Factors]] = {
-    "linear": _assemble_linear, "matmul": _assemble_linear, "conv": _assemble_conv, "embedding": _assemble_embedding,
-    "affine": _assemble_affine, "broadcast": _assemble_broadcast,
+    "linear": assemble_linear, "matmul": assemble_linear, "conv": _assemble_conv, "embedding": _assemble_embedding,
+    "affine": assemble_affine, "broadcast": assemble_broadcast,
 }  # fmt: skip

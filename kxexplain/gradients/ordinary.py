@@ -13,8 +13,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kxexplain.errors import KxError
 from kxexplain.gradients.capture import Capture, Layout, Run, Use, measure
-from kxexplain.gradients.contacts import ASSEMBLY
 from kxexplain.gradients.factors import Dense, Factors, Outer, merge, wide
+from kxexplain.gradients.positions import joined
+from kxexplain.gradients.registry import ASSEMBLY
 from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory.batches import call, copied, count, leaves, outputs_2d, take
 
@@ -112,12 +113,13 @@ def assemble(capture: Capture, gradients: Sequence[Sequence[Tensor | None]], loo
     """Factors of all uses from the gradients at their edges, one sequence per column."""
     made: Factors = []
     for position, use in enumerate(capture.uses):
+        if use.held.get("leaf") and all(g[position] is None for g in gradients):
+            continue  # one of several outputs, which nothing was made of
         columns = [_or_zero(g[position], use) for g in gradients]
         if columns:
             stacked = columns[0][None] if len(columns) == 1 else torch.stack(columns)
-            factors = ASSEMBLY[use.kind](use, stacked)
-            made += [f for f in factors if not capture.loose & set(f.names)] or _without(factors, capture.loose)
-    return merge([*made, *loose])
+            made += ASSEMBLY[use.kind](use, stacked)
+    return merge([*_without(capture.derivations.carried(joined(made)), capture.loose), *loose])
 
 
 def _or_zero(gradient: Tensor | None, use: Use) -> Tensor:
@@ -129,7 +131,9 @@ def _or_zero(gradient: Tensor | None, use: Use) -> Tensor:
 
 def _without(factors: Factors, names: set[str]) -> Factors:
     """The factors less those parameters whose gradients were taken whole."""
-    return [part for f in factors for part in f.dense() if part.weight not in names]
+    return [
+        part for f in factors for part in (f.dense() if names & set(f.names) else [f]) if not names & set(part.names)
+    ]
 
 
 def output_gradients(

@@ -27,6 +27,7 @@ from kxexplain.gradients.two_point import (
     Trace,
     TwoPoint,
     Untraceable,
+    at,
     both_ends,
     in_middle,
     two_points,
@@ -78,6 +79,11 @@ def settle(middle: Tensor, start: Tensor, end: Tensor, trace: Trace) -> Tensor:
 def same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Operations that return their first argument's value, such as detach."""
     return args[0]
+
+
+def constant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """New tensors that take only shape and type from a value: the same at both ends."""
+    return at("start", func, args, kwargs)
 
 
 def elementwise(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from kxexplain.gradients import composites, norms, rules
+from kxexplain.gradients import composites, norms, recurrent, rules
 from kxexplain.gradients.rules import Rule
 
 QUADRATIC = """
@@ -26,7 +26,7 @@ QUADRATIC = """
     contiguous cpu cuda mT get:T get:mT get:H get:mH get:real avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
     adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d
     upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d pixel_shuffle
-    pixel_unshuffle channel_shuffle native_channel_shuffle cross vdot embedding_bag fold as_strided new_tensor iter
+    pixel_unshuffle channel_shuffle native_channel_shuffle cross vdot fold as_strided new_tensor iter
     where nll_loss_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d _pad_circular _pad
     alias
 """.split()
@@ -43,6 +43,7 @@ PIECEWISE_LINEAR = """
     floor ceil trunc frac
 """.split()
 """Elementwise and of constant slope between kinks: the plain quotient, which cannot lose digits."""
+NEW = "new_zeros new_ones new_full zeros_like ones_like full_like".split()
 READS = "item tolist numpy bool int float index array complex contains format repr str".split()
 """A value leaves torch."""
 
@@ -64,6 +65,7 @@ COMPOSITE: dict[str, Rule] = {
     "prelu": composites.prelu,
     "glu": composites.glu,
     "bilinear": composites.bilinear,
+    "embedding_bag": composites.embedding_bag,
     "dropout": composites.dropout,
     "feature_dropout": composites.dropout,
     "alpha_dropout": composites.dropout,
@@ -79,6 +81,7 @@ COMPOSITE: dict[str, Rule] = {
     "group_norm": _by_signature(norms.group_norm),
     "batch_norm": _by_signature(norms.batch_norm),
     "instance_norm": _by_signature(norms.instance_norm),
+    **dict.fromkeys(recurrent.CELLS, recurrent.rule),
 }
 
 RULES: dict[str, Rule] = (
@@ -87,7 +90,18 @@ RULES: dict[str, Rule] = (
     | {name: partial(rules.elementwise, kinks=kinks) for name, kinks in KINKED.items()}
     | dict.fromkeys(PIECEWISE_LINEAR, rules.piecewise_linear)
     | dict.fromkeys(READS, composites.read)
+    | dict.fromkeys(NEW, rules.constant)
     | dict.fromkeys(("detach", "get:data", "requires_grad_", "positive"), rules.same)
     | {"relu": rules.relu, "setitem": rules.assign}
     | COMPOSITE
 )
+
+RANDOM = frozenset("dropout feature_dropout alpha_dropout feature_alpha_dropout rrelu bernoulli".split())
+DETERMINISTIC = (
+    frozenset((*QUADRATIC, *SMOOTH, *KINKED, *PIECEWISE_LINEAR))
+    | frozenset(
+        "softmax log_softmax logsumexp div pow maximum minimum glu relu var std linalg_vector_norm layer_norm".split()
+    )
+    | frozenset("rms_norm _weight_norm norm norm_except_dim amax amin prod cumprod".split())
+) - RANDOM
+"""What may be computed again on the same arguments, with the same result and nothing else changed."""
