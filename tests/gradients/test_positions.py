@@ -1,4 +1,4 @@
-"""Sequences: pairs of positions or per-example matrices, whichever takes fewer operations; many uses as one sequence."""
+"""Sequences: pairs of positions or per-example matrices, whichever takes fewer operations; many uses as one."""
 
 from __future__ import annotations
 
