@@ -6,7 +6,7 @@ the gradient at the call's output turns into :class:`~kxexplain.gradients.factor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kxexplain.gradients.capture import Axis, Source, Use
-from kxexplain.gradients.factors import Dense, Factors, Outer, compact
+from kxexplain.gradients.factors import Dense, Factors, Outer, compact, worth_writing
 
 Sources = Mapping[int, Source]
 Made = tuple[str, dict[str, Source], dict[str, Any]] | None
+Columns = Sequence[Tensor]
+"""Gradients at a use's output, one tensor for each of the c quantities differentiated."""
 
 REARRANGEMENTS = frozenset(
     """
@@ -190,23 +192,23 @@ def _rows_first(value: Tensor, axis: Axis, rows: int) -> Tensor:
     return moved.reshape(axis.inner, rows, *moved.shape[1:]).transpose(0, 1)
 
 
-def _stacked(use: Use, gradients: Tensor) -> Tensor:
-    """Gradients [c, …output] with examples first: [n, c, …]."""
+def _stacked(use: Use, gradients: Columns) -> Tensor:
+    """Gradients, c of […output], with examples first: [n, c, …]."""
     if len(gradients) == 1:
         return _rows_first(gradients[0], use.axis, use.rows)[:, None]
     return torch.stack([_rows_first(g, use.axis, use.rows) for g in gradients], 1)
 
 
-def _assemble_linear(use: Use, gradients: Tensor) -> Factors:
+def _assemble_linear(use: Use, gradients: Columns) -> Factors:
     """``linear`` and ``x @ w``: one outer product per position."""
     weight, bias = use.sources.get("weight"), use.sources.get("bias")
     x, transposed = use.held["x"].detach(), use.kind == "matmul"
     rearranged = weight is None or any(source.index is not None for source in use.sources.values())
     name = None if bias is None else bias.name
     if weight is not None and not rearranged and use.axis == Axis(0) and x.dim() == 2:  # the commonest, by far
-        return [Outer(weight.name, name, x.unsqueeze(1), gradients.transpose(0, 1).unsqueeze(2), transposed)]
+        return [Outer(weight.name, name, x.unsqueeze(1), _stacked(use, gradients).unsqueeze(2), transposed)]
     a = _rows_first(x, use.axis, use.rows).reshape(use.rows, -1, x.shape[-1])
-    g = _stacked(use, gradients).reshape(use.rows, gradients.shape[0], -1, gradients.shape[-1])
+    g = _stacked(use, gradients).reshape(use.rows, len(gradients), -1, gradients[0].shape[-1])
     if weight is not None and not rearranged:
         return compact(Outer(weight.name, name, a, g, transposed))
     made: Factors = [] if bias is None else [_placed(bias, g.sum(2))]
@@ -215,26 +217,35 @@ def _assemble_linear(use: Use, gradients: Tensor) -> Factors:
     return made
 
 
-def _assemble_conv(use: Use, gradients: Tensor) -> Factors:
-    """Unfold the input into patches; each example's gradient is then a product over positions."""
+def _assemble_conv(use: Use, gradients: Columns) -> Factors:
+    """Unfold the input into patches; each example's gradient is then a product over positions.
+
+    All c outputs of an example are multiplied with its patches in one matrix product, and on maps of few positions
+    the product is not taken at all (:func:`~kxexplain.gradients.factors.compact`).
+    """
     held, groups = use.held, use.held["groups"]
-    g = torch.stack(list(gradients), 1).flatten(3)  # [n, c, out, r]
+    weight, bias = use.sources.get("weight"), use.sources.get("bias")
+    g = _stacked(use, gradients).flatten(3)  # [n, c, out, r]
     n, c, out, positions = g.shape
-    made: Factors = []
-    if "weight" in use.sources:
-        patches = _patches(held["x"].detach(), held["kernel"], held["stride"], held["padding"], held["dilation"])
-        patches = patches[:, :, :positions].reshape(n, groups, -1, positions, patches.shape[-1])  # [n, G, in, r, k]
-        columns = patches.transpose(2, 3).reshape(n, 1, groups, positions, -1)
-        weight = use.sources["weight"]
-        values = g.reshape(n, c, groups, out // groups, positions) @ columns
-        made.append(_placed(weight, values.reshape(n, c, -1)))
-    if "bias" in use.sources:
-        made.append(_placed(use.sources["bias"], g.sum(3)))
-    return made
+    if weight is None:
+        return [] if bias is None else [_placed(bias, g.sum(3))]
+    patches = _patches(held["x"].detach(), held["kernel"], held["stride"], held["padding"], held["dilation"])
+    if groups == 1 and weight.index is None and (bias is None or bias.index is None):
+        a, name = patches.transpose(1, 2), None if bias is None else bias.name
+        if not worth_writing(positions, a.shape[2], out):
+            return [Outer(weight.name, name, a.contiguous(), g.transpose(2, 3).contiguous())]
+        values = g.reshape(n, c * out, positions) @ a
+        written: Factors = [Dense(weight.name, values.view(n, c, -1))]
+        return written if name is None else [*written, Dense(name, g.sum(3))]
+    columns = patches.reshape(n, groups, -1, positions).transpose(2, 3)  # [n, G, r, in·k]
+    grouped = g.reshape(n, c, groups, -1, positions).transpose(1, 2).reshape(n, groups, -1, positions)
+    values = (grouped @ columns).view(n, groups, c, -1).transpose(1, 2)
+    made: Factors = [_placed(weight, values.reshape(n, c, -1))]
+    return made if bias is None else [*made, _placed(bias, g.sum(3))]
 
 
 def _patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    """[n, channel, …] → [n, channel, position, kernel element]."""
+    """[n, channel, …] → [n, channel · kernel element, position], in the order in which kernels are stored."""
     dimensions = len(kernel)
     if padding == "valid":
         padding = (0,) * dimensions
@@ -246,12 +257,13 @@ def _patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -
     x = F.pad(x, [p for pair in reversed(pads) for p in pair])
     for d in range(dimensions):
         x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
-    return x.flatten(2 + dimensions).flatten(2, 1 + dimensions)
+    where = range(2, 2 + dimensions)
+    return x.permute(0, 1, *(d + dimensions for d in where), *where).flatten(1, 1 + dimensions).flatten(2)
 
 
-def _assemble_embedding(use: Use, gradients: Tensor) -> Factors:
+def _assemble_embedding(use: Use, gradients: Columns) -> Factors:
     """Add each token's gradient to its row of the table."""
-    n, c = use.rows, gradients.shape[0]
+    n, c = use.rows, len(gradients)
     weight = use.sources["weight"]
     vocabulary, width = weight.tensor.shape
     indices = _rows_first(use.held["indices"], use.axis, n).reshape(n, 1, -1, 1)
@@ -261,9 +273,9 @@ def _assemble_embedding(use: Use, gradients: Tensor) -> Factors:
     return [_placed(weight, values.flatten(2))]
 
 
-def _assemble_affine(use: Use, gradients: Tensor) -> Factors:
+def _assemble_affine(use: Use, gradients: Columns) -> Factors:
     """Gain and shift of a norm: per channel, or over the normalised trailing dimensions."""
-    n, c = use.rows, gradients.shape[0]
+    n, c = use.rows, len(gradients)
     g, x = _stacked(use, gradients), _rows_first(use.held["x"], use.axis, n)[:, None]
     if use.held["channels"]:
         g, x = g.movedim(2, -1), x.movedim(2, -1)
@@ -275,12 +287,12 @@ def _assemble_affine(use: Use, gradients: Tensor) -> Factors:
     return made
 
 
-def _assemble_broadcast(use: Use, gradients: Tensor) -> Factors:
+def _assemble_broadcast(use: Use, gradients: Columns) -> Factors:
     """A parameter broadcast against data: sum the gradient over the axes it was broadcast along."""
-    source, c = use.sources["weight"], gradients.shape[0]
+    source, c = use.sources["weight"], len(gradients)
     factor = use.held["factor"]
     full = (1,) * (len(use.shape) - source.tensor.dim()) + tuple(source.tensor.shape)
-    scaled = gradients * (factor.detach() if isinstance(factor, Tensor) else factor)
+    scaled = torch.stack(list(gradients)) * (factor.detach() if isinstance(factor, Tensor) else factor)
     dims = [d + 1 for d in range(len(full)) if full[d] == 1 and d != use.axis.axis]
     summed = scaled.sum(dims, keepdim=True) if dims else scaled
     values = torch.stack([_rows_first(g, use.axis, use.rows) for g in summed], 1)
@@ -298,7 +310,7 @@ def _placed(source: Source, values: Tensor) -> Dense:
     return Dense(source.name, placed.index_add_(2, source.index.flatten(), values))
 
 
-ASSEMBLY: dict[str, Callable[[Use, Tensor], Factors]] = {
+ASSEMBLY: dict[str, Callable[[Use, Columns], Factors]] = {
     "linear": _assemble_linear, "matmul": _assemble_linear, "conv": _assemble_conv, "embedding": _assemble_embedding,
     "affine": _assemble_affine, "broadcast": _assemble_broadcast,
 }  # fmt: skip

@@ -114,8 +114,7 @@ def assemble(capture: Capture, gradients: Sequence[Sequence[Tensor | None]], loo
     for position, use in enumerate(capture.uses):
         columns = [_or_zero(g[position], use) for g in gradients]
         if columns:
-            stacked = columns[0][None] if len(columns) == 1 else torch.stack(columns)
-            factors = ASSEMBLY[use.kind](use, stacked)
+            factors = ASSEMBLY[use.kind](use, columns)
             made += [f for f in factors if not capture.loose & set(f.names)] or _without(factors, capture.loose)
     return merge([*made, *loose])
 
