@@ -6,7 +6,7 @@ the gradient at the call's output turns into :class:`~kxexplain.gradients.factor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,6 @@ from kxexplain.gradients.factors import Dense, Factors, Outer, compact, worth_wr
 
 Sources = Mapping[int, Source]
 Made = tuple[str, dict[str, Source], dict[str, Any]] | None
-Columns = Sequence[Tensor]
-"""Gradients at a use's output, one tensor for each of the c quantities differentiated."""
 
 REARRANGEMENTS = frozenset(
     """
@@ -192,14 +190,16 @@ def _rows_first(value: Tensor, axis: Axis, rows: int) -> Tensor:
     return moved.reshape(axis.inner, rows, *moved.shape[1:]).transpose(0, 1)
 
 
-def _stacked(use: Use, gradients: Columns) -> Tensor:
-    """Gradients, c of […output], with examples first: [n, c, …]."""
-    if len(gradients) == 1:
+def _stacked(use: Use, gradients: Tensor) -> Tensor:
+    """Gradients [c, …output] with examples first: [n, c, …]; no copy where the output has them first."""
+    if use.axis == Axis(0):
+        return gradients.transpose(0, 1)
+    if gradients.shape[0] == 1:
         return _rows_first(gradients[0], use.axis, use.rows)[:, None]
     return torch.stack([_rows_first(g, use.axis, use.rows) for g in gradients], 1)
 
 
-def _assemble_linear(use: Use, gradients: Columns) -> Factors:
+def _assemble_linear(use: Use, gradients: Tensor) -> Factors:
     """``linear`` and ``x @ w``: one outer product per position."""
     weight, bias = use.sources.get("weight"), use.sources.get("bias")
     x, transposed = use.held["x"].detach(), use.kind == "matmul"
@@ -208,7 +208,7 @@ def _assemble_linear(use: Use, gradients: Columns) -> Factors:
     if weight is not None and not rearranged and use.axis == Axis(0) and x.dim() == 2:  # the commonest, by far
         return [Outer(weight.name, name, x.unsqueeze(1), _stacked(use, gradients).unsqueeze(2), transposed)]
     a = _rows_first(x, use.axis, use.rows).reshape(use.rows, -1, x.shape[-1])
-    g = _stacked(use, gradients).reshape(use.rows, len(gradients), -1, gradients[0].shape[-1])
+    g = _stacked(use, gradients).reshape(use.rows, gradients.shape[0], -1, gradients.shape[-1])
     if weight is not None and not rearranged:
         return compact(Outer(weight.name, name, a, g, transposed))
     made: Factors = [] if bias is None else [_placed(bias, g.sum(2))]
@@ -217,7 +217,7 @@ def _assemble_linear(use: Use, gradients: Columns) -> Factors:
     return made
 
 
-def _assemble_conv(use: Use, gradients: Columns) -> Factors:
+def _assemble_conv(use: Use, gradients: Tensor) -> Factors:
     """Unfold the input into patches; each example's gradient is then a product over positions.
 
     All c outputs of an example are multiplied with its patches in one matrix product, and on maps of few positions
@@ -261,9 +261,9 @@ def _patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -
     return x.permute(0, 1, *(d + dimensions for d in where), *where).flatten(1, 1 + dimensions).flatten(2)
 
 
-def _assemble_embedding(use: Use, gradients: Columns) -> Factors:
+def _assemble_embedding(use: Use, gradients: Tensor) -> Factors:
     """Add each token's gradient to its row of the table."""
-    n, c = use.rows, len(gradients)
+    n, c = use.rows, gradients.shape[0]
     weight = use.sources["weight"]
     vocabulary, width = weight.tensor.shape
     indices = _rows_first(use.held["indices"], use.axis, n).reshape(n, 1, -1, 1)
@@ -273,9 +273,9 @@ def _assemble_embedding(use: Use, gradients: Columns) -> Factors:
     return [_placed(weight, values.flatten(2))]
 
 
-def _assemble_affine(use: Use, gradients: Columns) -> Factors:
+def _assemble_affine(use: Use, gradients: Tensor) -> Factors:
     """Gain and shift of a norm: per channel, or over the normalised trailing dimensions."""
-    n, c = use.rows, len(gradients)
+    n, c = use.rows, gradients.shape[0]
     g, x = _stacked(use, gradients), _rows_first(use.held["x"], use.axis, n)[:, None]
     if use.held["channels"]:
         g, x = g.movedim(2, -1), x.movedim(2, -1)
@@ -287,12 +287,12 @@ def _assemble_affine(use: Use, gradients: Columns) -> Factors:
     return made
 
 
-def _assemble_broadcast(use: Use, gradients: Columns) -> Factors:
+def _assemble_broadcast(use: Use, gradients: Tensor) -> Factors:
     """A parameter broadcast against data: sum the gradient over the axes it was broadcast along."""
-    source, c = use.sources["weight"], len(gradients)
+    source, c = use.sources["weight"], gradients.shape[0]
     factor = use.held["factor"]
     full = (1,) * (len(use.shape) - source.tensor.dim()) + tuple(source.tensor.shape)
-    scaled = torch.stack(list(gradients)) * (factor.detach() if isinstance(factor, Tensor) else factor)
+    scaled = gradients * (factor.detach() if isinstance(factor, Tensor) else factor)
     dims = [d + 1 for d in range(len(full)) if full[d] == 1 and d != use.axis.axis]
     summed = scaled.sum(dims, keepdim=True) if dims else scaled
     values = torch.stack([_rows_first(g, use.axis, use.rows) for g in summed], 1)
@@ -310,7 +310,7 @@ def _placed(source: Source, values: Tensor) -> Dense:
     return Dense(source.name, placed.index_add_(2, source.index.flatten(), values))
 
 
-ASSEMBLY: dict[str, Callable[[Use, Columns], Factors]] = {
+ASSEMBLY: dict[str, Callable[[Use, Tensor], Factors]] = {
     "linear": _assemble_linear, "matmul": _assemble_linear, "conv": _assemble_conv, "embedding": _assemble_embedding,
     "affine": _assemble_affine, "broadcast": _assemble_broadcast,
 }  # fmt: skip

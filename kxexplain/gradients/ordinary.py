@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kxexplain.errors import KxError
-from kxexplain.gradients.capture import Capture, Layout, Run, Use, measure
+from kxexplain.gradients.capture import Axis, Capture, Layout, Run, Use, measure
 from kxexplain.gradients.contacts import ASSEMBLY
 from kxexplain.gradients.factors import Dense, Factors, Outer, merge
 from kxexplain.shapes import Inputs, Tensors
@@ -81,14 +81,31 @@ def differentiate(values: Tensor, capture: Capture, parameters: Tensors, *, keep
     """
     columns = values.shape[1]
     edges = capture.edges()
-    gradients: list[Sequence[Tensor | None]] = []
     loose = loose_gradients(values, capture, parameters)
+    if not edges or not values.requires_grad or columns == 0:
+        return merge(loose)
+    gradients: list[Tensor] = []
     for column in range(columns):
-        last = column == columns - 1 and not keep_graph
-        total = values[:, column].sum()
-        if edges and total.requires_grad:
-            gradients.append(torch.autograd.grad(total, edges, retain_graph=not last, allow_unused=True))
+        chosen = torch.zeros_like(values)
+        chosen[:, column] = 1
+        kept = column < columns - 1 or keep_graph
+        passed = torch.autograd.grad(values, edges, chosen, retain_graph=kept, allow_unused=True)
+        found = [_or_zero(g, use) for g, use in zip(passed, capture.uses, strict=True)]
+        if columns == 1:
+            gradients = [g[None] for g in found]
+            break
+        if column == 0:
+            gradients = [_room(g, use, columns) for g, use in zip(found, capture.uses, strict=True)]
+        for room, gradient in zip(gradients, found, strict=True):  # this pass' memory is free for the next one
+            room[column] = gradient
     return assemble(capture, gradients, loose)
+
+
+def _room(gradient: Tensor, use: Use, columns: int) -> Tensor:
+    """Room for such gradients of all columns, [c, …]; in memory the examples come first, as products need them."""
+    if use.axis == Axis(0):
+        return gradient.new_empty(gradient.shape[0], columns, *gradient.shape[1:]).transpose(0, 1)
+    return gradient.new_empty(columns, *gradient.shape)
 
 
 def loose_gradients(values: Tensor, capture: Capture, parameters: Tensors) -> Factors:
@@ -108,14 +125,12 @@ def loose_gradients(values: Tensor, capture: Capture, parameters: Tensors) -> Fa
     return [Dense(name, value) for name, value in zip(names, written, strict=True)]
 
 
-def assemble(capture: Capture, gradients: Sequence[Sequence[Tensor | None]], loose: Factors) -> Factors:
-    """Factors of all uses from the gradients at their edges, one sequence per column."""
+def assemble(capture: Capture, gradients: Sequence[Tensor], loose: Factors) -> Factors:
+    """Factors of all uses from the gradients at their edges, [c, …output] each."""
     made: Factors = []
-    for position, use in enumerate(capture.uses):
-        columns = [_or_zero(g[position], use) for g in gradients]
-        if columns:
-            factors = ASSEMBLY[use.kind](use, columns)
-            made += [f for f in factors if not capture.loose & set(f.names)] or _without(factors, capture.loose)
+    for use, gradient in zip(capture.uses, gradients, strict=True):
+        factors = ASSEMBLY[use.kind](use, gradient)
+        made += [f for f in factors if not capture.loose & set(f.names)] or _without(factors, capture.loose)
     return merge([*made, *loose])
 
 
@@ -195,7 +210,8 @@ class StepGradients:
         """Turn the gradients at the edges into factors."""
         *uses, pull = gradients
         assert pull is not None
-        self.factors = self._marked(assemble(self.capture, [uses], self._loose))
+        found = [_or_zero(g, use)[None] for g, use in zip(uses, self.capture.uses, strict=True)]
+        self.factors = self._marked(assemble(self.capture, found, self._loose))
         self.pull = outputs_2d(pull)
 
     def _marked(self, factors: Factors) -> Factors:

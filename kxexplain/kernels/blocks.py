@@ -23,7 +23,7 @@ Buffer: TypeAlias = Tensor | np.ndarray
 TILE = 256
 """Rows and columns multiplied at once, at most: large enough for matrix products to run at full speed."""
 
-CACHE = 1 << 25
+CACHE = 1 << 27
 """Bytes that rows take while they are differentiated, at most: more leaves the processor's cache and gains nothing."""
 
 
