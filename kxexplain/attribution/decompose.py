@@ -8,11 +8,10 @@ length. Kernel form: K(x, x_i) = Σ_t w ⟨D_t(x), ∇f(x_i; θ_t)⟩ and α_i(x
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from kxexplain.attribution.backward import BackwardWalk
@@ -25,6 +24,7 @@ from kxexplain.attribution.unattributed import unattributed_part
 from kxexplain.attribution.walk import Walk, bounds
 from kxexplain.errors import ArgumentError, UnattributedWarning
 from kxexplain.kernels import quadrature
+from kxexplain.kernels.budget import parse_bytes, progress_bar
 from kxexplain.shapes import Examples, Inputs
 from kxexplain.trajectory import Replayer, Trajectory, split
 from kxexplain.trajectory.optimizers import RECURSIONS
@@ -150,31 +150,3 @@ def contributions_of(
         ledger = Ledger(side, trajectory.manifest.dataset.count, len(walk.bounds) - 1, kernel=False, timeline=False)
         walk.visit(ledger)
     return ledger.contributions[:, examples, 0].to(side.dtype)
-
-
-@contextmanager
-def progress_bar(shown: bool, steps: int) -> Iterator[Callable[[], None]]:
-    """A progress bar over so many steps; gives the function that advances it."""
-    with Progress(transient=True, disable=not shown) as bar:
-        task = bar.add_task("explaining", total=steps)
-        yield lambda: bar.advance(task)
-
-
-def parse_bytes(amount: str | int) -> int:
-    """Bytes from a number or a text with a unit.
-
-    >>> parse_bytes("1.5MB")
-    1500000
-    """
-    if isinstance(amount, int) and not isinstance(amount, bool) and amount > 0:
-        return amount
-    if isinstance(amount, str):
-        text = amount.strip().upper().removesuffix("B")
-        power = "KMGT".find(text[-1:]) + 1 if text[-1:] else 0
-        try:
-            value = float(text[:-1] if power else text) * 1000**power
-        except ValueError:
-            value = 0.0
-        if 0 < value < float("inf"):
-            return int(value)
-    raise ArgumentError(f'got memory={amount!r}; expected a positive number of bytes or a text such as "500MB"')

@@ -3,7 +3,7 @@
 from kxexplain.gradients.discrete import DiscreteGradient, Secant
 from kxexplain.gradients.factors import Dense, Factors, Outer
 from kxexplain.gradients.ordinary import StepGradients, layout_of, output_gradients, trainable
-from kxexplain.gradients.products import dot, gram, gram_trace, squared_norm
+from kxexplain.gradients.products import diagonal, dot, gram, gram_trace, squared_norm
 
 __all__ = [
     "Dense",
@@ -12,6 +12,7 @@ __all__ = [
     "Outer",
     "Secant",
     "StepGradients",
+    "diagonal",
     "dot",
     "gram",
     "gram_trace",

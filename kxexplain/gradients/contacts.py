@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kxexplain.gradients.capture import Axis, Use
-from kxexplain.gradients.factors import Dense, Factors, Outer, compact
+from kxexplain.gradients.factors import Dense, Factors, Outer, compact, worth_writing
 from kxexplain.gradients.sources import Source
 
 Sources = Mapping[int, Source]
@@ -195,8 +195,10 @@ def rows_first(value: Tensor, axis: Axis, rows: int) -> Tensor:
 
 
 def stacked(use: Use, gradients: Tensor) -> Tensor:
-    """Gradients [c, …output] with examples first: [n, c, …]."""
-    if len(gradients) == 1:
+    """Gradients [c, …output] with examples first: [n, c, …]; no copy where the output has them first."""
+    if use.axis == Axis(0):
+        return gradients.transpose(0, 1)
+    if gradients.shape[0] == 1:
         return rows_first(gradients[0], use.axis, use.rows)[:, None]
     return torch.stack([rows_first(g, use.axis, use.rows) for g in gradients], 1)
 
@@ -208,7 +210,7 @@ def assemble_linear(use: Use, gradients: Tensor) -> Factors:
     rearranged = weight is None or any(source.index is not None for source in use.sources.values())
     name = None if bias is None else bias.name
     if weight is not None and not rearranged and use.axis == Axis(0) and x.dim() == 2:  # the commonest, by far
-        return [Outer(weight.name, name, x.unsqueeze(1), gradients.transpose(0, 1).unsqueeze(2), transposed)]
+        return [Outer(weight.name, name, x.unsqueeze(1), stacked(use, gradients).unsqueeze(2), transposed)]
     a = rows_first(x, use.axis, use.rows).reshape(use.rows, -1, x.shape[-1])
     g = stacked(use, gradients).reshape(use.rows, gradients.shape[0], -1, gradients.shape[-1])
     if weight is not None and not rearranged:
@@ -220,25 +222,34 @@ def assemble_linear(use: Use, gradients: Tensor) -> Factors:
 
 
 def _assemble_conv(use: Use, gradients: Tensor) -> Factors:
-    """Unfold the input into patches; each example's gradient is then a product over positions."""
+    """Unfold the input into patches; each example's gradient is then a product over positions.
+
+    All c outputs of an example are multiplied with its patches in one matrix product, and on maps of few positions
+    the product is not taken at all (:func:`~kxexplain.gradients.factors.compact`).
+    """
     held, groups = use.held, use.held["groups"]
-    g = torch.stack(list(gradients), 1).flatten(3)  # [n, c, out, r]
+    weight, bias = use.sources.get("weight"), use.sources.get("bias")
+    g = stacked(use, gradients).flatten(3)  # [n, c, out, r]
     n, c, out, positions = g.shape
-    made: Factors = []
-    if "weight" in use.sources:
-        patches = _patches(held["x"].detach(), held["kernel"], held["stride"], held["padding"], held["dilation"])
-        patches = patches[:, :, :positions].reshape(n, groups, -1, positions, patches.shape[-1])  # [n, G, in, r, k]
-        columns = patches.transpose(2, 3).reshape(n, 1, groups, positions, -1)
-        weight = use.sources["weight"]
-        values = g.reshape(n, c, groups, out // groups, positions) @ columns
-        made.append(_placed(weight, values.reshape(n, c, -1)))
-    if "bias" in use.sources:
-        made.append(_placed(use.sources["bias"], g.sum(3)))
-    return made
+    if weight is None:
+        return [] if bias is None else [_placed(bias, g.sum(3))]
+    patches = _patches(held["x"].detach(), held["kernel"], held["stride"], held["padding"], held["dilation"])
+    if groups == 1 and weight.index is None and (bias is None or bias.index is None):
+        a, name = patches.transpose(1, 2), None if bias is None else bias.name
+        if not worth_writing(positions, a.shape[2], out):
+            return [Outer(weight.name, name, a.contiguous(), g.transpose(2, 3).contiguous())]
+        values = g.reshape(n, c * out, positions) @ a
+        written: Factors = [Dense(weight.name, values.view(n, c, -1))]
+        return written if name is None else [*written, Dense(name, g.sum(3))]
+    columns = patches.reshape(n, groups, -1, positions).transpose(2, 3)  # [n, G, r, in·k]
+    grouped = g.reshape(n, c, groups, -1, positions).transpose(1, 2).reshape(n, groups, -1, positions)
+    values = (grouped @ columns).view(n, groups, c, -1).transpose(1, 2)
+    made: Factors = [_placed(weight, values.reshape(n, c, -1))]
+    return made if bias is None else [*made, _placed(bias, g.sum(3))]
 
 
 def _patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    """[n, channel, …] → [n, channel, position, kernel element]."""
+    """[n, channel, …] → [n, channel · kernel element, position], in the order in which kernels are stored."""
     dimensions = len(kernel)
     if padding == "valid":
         padding = (0,) * dimensions
@@ -250,7 +261,8 @@ def _patches(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -
     x = F.pad(x, [p for pair in reversed(pads) for p in pair])
     for d in range(dimensions):
         x = x.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
-    return x.flatten(2 + dimensions).flatten(2, 1 + dimensions)
+    where = range(2, 2 + dimensions)
+    return x.permute(0, 1, *(d + dimensions for d in where), *where).flatten(1, 1 + dimensions).flatten(2)
 
 
 def _assemble_embedding(use: Use, gradients: Tensor) -> Factors:

@@ -44,6 +44,11 @@ class Outer:
         return self.a.shape[0]
 
     @property
+    def columns(self) -> int:
+        """Number of quantities differentiated."""
+        return self.g.shape[1]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The parameters concerned."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
@@ -96,6 +101,11 @@ class Dense:
         return self.values.shape[0]
 
     @property
+    def columns(self) -> int:
+        """Number of quantities differentiated."""
+        return self.values.shape[1]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The parameter concerned."""
         return (self.weight,)
@@ -112,6 +122,10 @@ class Dense:
     def emptied(self, rows: int) -> Dense:
         """Room for so many examples' gradients of this kind."""
         return replace(self, values=self.values.new_empty(rows, *self.values.shape[1:]))
+
+    def zeros(self, rows: int) -> Dense:
+        """Gradients of value zero, for so many examples."""
+        return replace(self, values=self.values.new_zeros(rows, *self.values.shape[1:]))
 
     def fill(self, place: slice, values: Factor, weight: float) -> None:
         """Take the values of a factor of as many rows, times a number."""
@@ -133,14 +147,18 @@ Factors: TypeAlias = list[Factor]
 
 
 def compact(factor: Outer) -> Factors:
-    """Write the matrix out where that takes fewer operations than products over pairs of positions.
+    """Write the matrix out where that takes fewer operations (:func:`worth_writing`)."""
+    if worth_writing(factor.a.shape[1], factor.a.shape[2], factor.g.shape[3]):
+        return list(factor.dense())
+    return [factor]
+
+
+def worth_writing(positions: int, d_in: int, d_out: int) -> bool:
+    """Whether products of matrices take fewer operations than products over pairs of positions.
 
     A pair of examples costs r²(d_in+d_out) multiplications in factored form and d_in·d_out written out.
     """
-    positions, (d_in, d_out) = factor.a.shape[1], (factor.a.shape[2], factor.g.shape[3])
-    if positions > 1 and positions**2 * (d_in + d_out) > d_in * d_out:
-        return list(factor.dense())
-    return [factor]
+    return positions > 1 and positions**2 * (d_in + d_out) > d_in * d_out
 
 
 def merge(factors: Sequence[Factor]) -> Factors:

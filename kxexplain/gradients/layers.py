@@ -56,8 +56,8 @@ def _assemble_transposed(use: Use, gradients: Tensor) -> Factors:
             reach = (x.shape[2 + d] - 1) * stride[d] + dilation[d] * (kernel[d] - 1) + 1
             pads += [before, reach - before - g.shape[3 + d]]
         padded = F.pad(g.flatten(0, 1), pads)
-        patches = _patches(padded, kernel, stride, (0,) * len(kernel), dilation)  # [n·c, out, r, k]
-        patches = patches.reshape(n, c, groups, out // groups, -1, patches.shape[-1]).transpose(3, 4).flatten(4)
+        patches = _patches(padded, kernel, stride, (0,) * len(kernel), dilation)  # [n·c, out·k, r]
+        patches = patches.reshape(n, c, groups, -1, patches.shape[-1]).transpose(3, 4)
         values = x.reshape(n, 1, groups, channels // groups, -1) @ patches  # [n, c, G, in, out·k]
         made.append(_placed(use.sources["weight"], values.reshape(n, c, -1)))
     if "bias" in use.sources:

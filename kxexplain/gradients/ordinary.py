@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kxexplain.errors import KxError
-from kxexplain.gradients.capture import Capture, Layout, Run, Use, measure
+from kxexplain.gradients.capture import Axis, Capture, Layout, Run, Use, measure
 from kxexplain.gradients.factors import Dense, Factors, Outer, merge, wide
 from kxexplain.gradients.positions import joined
 from kxexplain.gradients.registry import ASSEMBLY
@@ -82,14 +82,34 @@ def differentiate(values: Tensor, capture: Capture, parameters: Tensors, *, keep
     """
     columns = values.shape[1]
     edges = capture.edges()
-    gradients: list[Sequence[Tensor | None]] = []
     loose = loose_gradients(values, capture, parameters)
+    if not edges or not values.requires_grad or columns == 0:
+        return merge(loose)
+    gradients: list[Tensor] = []
+    met: set[int] = set()
     for column in range(columns):
-        last = column == columns - 1 and not keep_graph
-        total = values[:, column].sum()
-        if edges and total.requires_grad:
-            gradients.append(torch.autograd.grad(total, edges, retain_graph=not last, allow_unused=True))
-    return assemble(capture, gradients, loose)
+        chosen = torch.zeros_like(values)
+        chosen[:, column] = 1
+        kept = column < columns - 1 or keep_graph
+        passed = torch.autograd.grad(values, edges, chosen, retain_graph=kept, allow_unused=True)
+        met.update(i for i, g in enumerate(passed) if g is not None)
+        found = [_or_zero(g, use) for g, use in zip(passed, capture.uses, strict=True)]
+        if columns == 1:
+            gradients = [g[None] for g in found]
+            break
+        if column == 0:
+            gradients = [_room(g, use, columns) for g, use in zip(found, capture.uses, strict=True)]
+        for room, gradient in zip(gradients, found, strict=True):  # this pass' memory is free for the next one
+            room[column] = gradient
+    counted = [_counts(use, i in met) for i, use in enumerate(capture.uses)]
+    return assemble(capture, [g if counts else None for g, counts in zip(gradients, counted, strict=True)], loose)
+
+
+def _room(gradient: Tensor, use: Use, columns: int) -> Tensor:
+    """Room for such gradients of all columns, [c, …]; in memory the examples come first, as products need them."""
+    if use.axis == Axis(0):
+        return gradient.new_empty(gradient.shape[0], columns, *gradient.shape[1:]).transpose(0, 1)
+    return gradient.new_empty(columns, *gradient.shape)
 
 
 def loose_gradients(values: Tensor, capture: Capture, parameters: Tensors) -> Factors:
@@ -109,17 +129,18 @@ def loose_gradients(values: Tensor, capture: Capture, parameters: Tensors) -> Fa
     return [Dense(name, value) for name, value in zip(names, written, strict=True)]
 
 
-def assemble(capture: Capture, gradients: Sequence[Sequence[Tensor | None]], loose: Factors) -> Factors:
-    """Factors of all uses from the gradients at their edges, one sequence per column."""
+def assemble(capture: Capture, gradients: Sequence[Tensor | None], loose: Factors) -> Factors:
+    """Factors of all uses from the gradients at their edges, [c, …output] each; of a use without one, none."""
     made: Factors = []
-    for position, use in enumerate(capture.uses):
-        if use.held.get("leaf") and all(g[position] is None for g in gradients):
-            continue  # one of several outputs, which nothing was made of
-        columns = [_or_zero(g[position], use) for g in gradients]
-        if columns:
-            stacked = columns[0][None] if len(columns) == 1 else torch.stack(columns)
-            made += ASSEMBLY[use.kind](use, stacked)
+    for use, gradient in zip(capture.uses, gradients, strict=True):
+        if gradient is not None:
+            made += ASSEMBLY[use.kind](use, gradient)
     return merge([*_without(capture.derivations.carried(joined(made)), capture.loose), *loose])
+
+
+def _counts(use: Use, met: bool) -> bool:
+    """Whether a use has factors: one of several outputs has none if nothing was made of it."""
+    return met or not use.held.get("leaf")
 
 
 def _or_zero(gradient: Tensor | None, use: Use) -> Tensor:
@@ -202,7 +223,11 @@ class StepGradients:
         """Turn the gradients at the edges into factors."""
         *uses, pull = gradients
         assert pull is not None
-        self.factors = self._marked(assemble(self.capture, [uses], self._loose))
+        found = [
+            _or_zero(g, use)[None] if _counts(use, g is not None) else None
+            for g, use in zip(uses, self.capture.uses, strict=True)
+        ]
+        self.factors = self._marked(assemble(self.capture, found, self._loose))
         self.pull = outputs_2d(pull)
 
     def accounted(self, gradients: Tensors) -> Tensors:

@@ -71,6 +71,13 @@ def _nothing(like: Factor) -> Outer:
     return Outer("", None, values.new_zeros(like.rows, 1, 1), values.new_zeros(*values.shape[:2], 1, 1))
 
 
+def pair_elements(factors: Factors, *, full: bool) -> int:
+    """Numbers that :func:`gram` or :func:`gram_trace` takes for a pair of such examples, the result included."""
+    c = factors[0].columns ** 2 if full else 1
+    positions = [f.a.shape[1] for f in factors if isinstance(f, Outer)]
+    return 2 * c + max(((r * r) * (1 + 2 * c) for r in positions), default=0)
+
+
 def _pairs(left: Factors, right: Factors) -> list[tuple[Factor, Factor]]:
     """Uses to be multiplied with each other: all uses of one parameter meet all uses of it.
 
@@ -204,6 +211,31 @@ def _against_dense(f: Factor, tensors: Mapping[str, Tensor], vectors: int) -> It
 
 
 def squared_norm(factors: Factors) -> Float[Tensor, "n c"]:
-    """‖∇f_c(x)‖² of every example: the kernel's diagonal, without the matrix."""
-    merged = merge([part for f in factors for part in f.dense()])
-    return torch.stack([f.values.square().sum(-1) for f in merged if isinstance(f, Dense)]).sum(0)
+    """‖∇f_c(x)‖² of every example and output."""
+    return _own(factors, lambda g, h: (g * h).sum(-1))
+
+
+def diagonal(factors: Factors) -> Float[Tensor, "n c c"]:
+    """⟨∇f_c(x), ∇f_k(x)⟩ of every example with itself: the kernel's diagonal, without the matrix."""
+    return _own(factors, lambda g, h: g @ h.transpose(1, 2))
+
+
+def _own(factors: Factors, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Every example's products with itself, added up over the uses of each parameter.
+
+    With M_rs = a_r·b_s, Σ_rs M_rs (g_r·h_s) is the product of g with what M makes of h: nothing is written out.
+    """
+    total: Tensor | None = None
+    for f, h in _pairs(factors, factors):
+        if isinstance(f, Outer) and isinstance(h, Outer):
+            met = f.a @ h.a.transpose(1, 2)
+            if f.bias is not None:
+                met += 1
+            term = product(f.g.flatten(2), (met[:, None] @ h.g).flatten(2))
+        else:
+            assert isinstance(f, Dense)
+            assert isinstance(h, Dense)
+            term = product(f.values, h.values)
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return total

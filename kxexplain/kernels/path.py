@@ -8,17 +8,17 @@ vector machine needs. (The bill's own kernel counts an example only while it is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError
-from kxexplain.kernels.tangent import Outputs, TangentKernel, require_inputs
+from kxexplain.kernels.blocks import Buffer
+from kxexplain.kernels.tangent import Outputs, TangentKernel, integrate, require_inputs
 from kxexplain.shapes import Inputs
 from kxexplain.trajectory import Trajectory
-from kxexplain.trajectory.batches import take
-from kxexplain.trajectory.forward import private_copy
 from kxexplain.trajectory.states import load_model
 
 
@@ -46,7 +46,11 @@ def path_kernel(
     x2: Inputs | None = None,
     outputs: Outputs = "trace",
     *,
-    batch: int = 256,
+    diag: bool = False,
+    out: Buffer | None = None,
+    batch: int | None = None,
+    memory: str | int = "1GB",
+    progress: bool = False,
 ) -> Tensor:
     r"""Gram matrix of the path kernel, Σ_s w_s K_{θ_s}(x, x'), over the recorded states.
 
@@ -54,17 +58,23 @@ def path_kernel(
         trajectory: the recorded training.
         model: a model of the recorded architecture; not changed.
         x1: n inputs.
-        x2: m inputs; ``x1`` itself if ``None``.
+        x2: m inputs; ``x1`` itself if ``None``: half the work, and an exactly symmetric matrix.
         outputs: ``"trace"``, ``"full"`` or one output's number, as for :func:`kxexplain.tangent_kernel`.
-        batch: examples differentiated at once (memory, not result).
+        diag: only K(x, x), without the matrix.
+        out: where the result is written, block by block and state by state; as for :func:`kxexplain.tangent_kernel`.
+        batch: examples differentiated at once; as many as suit the memory if ``None``. Changes no result.
+        memory: bytes for intermediate values, the result not among them, as a number or like ``"500MB"``.
+        progress: show a bar over the states' blocks.
 
     Returns:
-        [n, m], or for ``"full"`` [n, m, C, C]; symmetric and positive semi-definite for ``x2=None``.
+        [n, m], or for ``"full"`` [n, m, C, C]; with ``diag`` [n] or [n, C, C]. Symmetric and positive semi-definite
+        for ``x2=None``. If ``out`` was given, a tensor that shares its memory.
 
     Raises:
         ModelError: not the recorded architecture.
         DatasetError: no inputs.
-        ArgumentError: no steps, or an unknown value of ``outputs``.
+        ArgumentError: no steps, an unknown value of ``outputs``, ``batch`` or ``memory``, a diagonal between two
+            batches, or a buffer of another shape or dtype.
 
     Source: Domingos 2020, arXiv 2012.00152, definition 2.
 
@@ -78,15 +88,14 @@ def path_kernel(
             [0., 2.]])
     """
     trajectory.check_model(model)
-    require_inputs(x1, x2)
-    private = private_copy(model).eval()
-    kernel = TangentKernel(private, take(x1, slice(0, 1)), outputs, batch)
-    total: Tensor | None = None
+    require_inputs(x1, x2, diag=diag)
+    weights = flow_weights(trajectory)
     with torch.random.fork_rng(devices=[]):
-        for state, weight in zip(trajectory.states, flow_weights(trajectory), strict=True):
-            load_model(trajectory.state(state.step), kernel.model)
-            left = kernel.gradients(x1)
-            found = kernel.between(left, left if x2 is None else kernel.gradients(x2)) * weight
-            total = found if total is None else total.add_(found)
-    assert total is not None
-    return total
+        kernel = TangentKernel(model, x1, outputs, batch, memory)
+
+        def along() -> Iterator[float]:
+            for state, weight in zip(trajectory.states, weights, strict=True):
+                load_model(trajectory.state(state.step), kernel.model)
+                yield weight
+
+        return integrate(kernel, along(), x1, x2, diag=diag, out=out, progress=(progress, len(weights)))

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from kxexplain.attribution.decompose import forward_walk, progress_bar, remembers
+from kxexplain.attribution.decompose import forward_walk, remembers
 from kxexplain.attribution.queries import QuerySide, moving_names
 from kxexplain.attribution.targets import resolve_target
 from kxexplain.attribution.walk import Movement, Segment, Updates, bounds
@@ -26,6 +26,7 @@ from kxexplain.errors import ArgumentError
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Dense
 from kxexplain.gradients.projection import Projection
+from kxexplain.kernels.budget import progress_bar
 from kxexplain.shapes import Examples
 from kxexplain.trajectory import Trajectory, fetch, split
 from kxexplain.trajectory.records import OptimizerRecord

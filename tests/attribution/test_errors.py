@@ -122,7 +122,7 @@ def test_wrong_options(trained) -> None:
 
 
 def test_memory_is_read_as_written() -> None:
-    from kxexplain.attribution.decompose import parse_bytes
+    from kxexplain.kernels.budget import parse_bytes
 
     given = {"1GB": 10**9, "500mb": 500 * 10**6, " 2 kB ": 2000, "64": 64, "1.5M": 1_500_000, 7: 7, "1TB": 10**12}
     for text, expected in given.items():
