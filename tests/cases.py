@@ -460,20 +460,20 @@ class Padded(nn.Module):
 
 
 class Bags(nn.Module):
-    """Bags of embeddings: summed with weights, averaged without padding, and bags of two words each."""
+    """Bags of embeddings: summed with weights, averaged without padding, bags of two words each, and a maximum."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bags = nn.ModuleList(
             nn.EmbeddingBag(7, 5, mode=mode, padding_idx=place)
-            for mode, place in (("sum", 2), ("mean", 3), ("sum", None))
+            for mode, place in (("sum", 2), ("mean", 3), ("sum", None), ("max", 6))
         )
         self.head = nn.Linear(5, CLASSES)
 
     def forward(self, words: Tensor) -> Tensor:
         h = self.bags[0](words, per_sample_weights=words.to(self.head.weight.dtype) / 7)
         pairs = self.bags[2](words[:, :4].reshape(-1, 2)).view(len(words), 2, 5)
-        return self.head(torch.tanh(h + self.bags[1](words)) * pairs.prod(1))
+        return self.head(torch.tanh(h + self.bags[1](words)) * pairs.prod(1) + self.bags[3](words))
 
 
 class Algebra(nn.Module):
@@ -691,7 +691,7 @@ TABLE: list[Case] = [
     Case("conv-transposed-2d", lambda: transposed_convolutions(2), images, smooth=False),
     Case("conv-transposed-3d", lambda: transposed_convolutions(3), volumes, smooth=False),
     Case("padding-modes", padding_modes, images),
-    Case("embedding-bags", Bags, tokens),
+    Case("embedding-bags", Bags, tokens, smooth=False),
     Case("attention-padded", Padded, sentences, smooth=False),
     Case("gru", lambda: Stacked(nn.GRU, num_layers=2, bidirectional=True), sequences, rate=0.05),
     Case("rnn", lambda: Stacked(nn.RNN, num_layers=2, bias=False), sequences, rate=0.05),

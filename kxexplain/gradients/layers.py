@@ -78,7 +78,7 @@ def _bilinear(sources: Sources, args: Any, kwargs: Any, output: Tensor, axis: Ax
 
 
 def embedding_bag(sources: Sources, args: Any, kwargs: Any, output: Tensor, axis: Axis, leaf: int = 0) -> Made:
-    """Sums and means over ``torch.embedding_bag``'s bags, the first of its outputs.
+    """The bags, the first of the outputs of ``torch.embedding_bag``.
 
     The weights of the bags' members (``per_sample_weights``) are data here; as parameters they have no contact.
     """
@@ -87,25 +87,36 @@ def embedding_bag(sources: Sources, args: Any, kwargs: Any, output: Tensor, axis
     weight, indices, offsets, by_frequency, mode, _, weights, last, padding = (
         argument(args, kwargs, place, name) for place, name in enumerate(names)
     )
-    if leaf or by_frequency or mode == 2 or axis.axis or source_of(sources, weights) is not None:
+    if leaf or by_frequency or axis.axis or source_of(sources, weights) is not None:
         return None
     with torch.no_grad():
-        starts = offsets[:-1] if last else offsets
-        bag = torch.bucketize(torch.arange(len(indices), device=indices.device), starts, right=True) - 1
-        kept = torch.ones_like(indices) if padding is None or padding < 0 else (indices != padding).to(indices.dtype)
-        share = kept.to(weight.dtype) if weights is None else kept * weights
-        if mode == 1:
-            share = share / torch.zeros_like(starts).index_add_(0, bag, kept)[bag].clamp_min(1)
-    return "embedding_bag", used_as(weight=source_of(sources, weight)), {"bag": bag, "indices": indices, "share": share}
+        if mode == 2:
+            _, _, sizes, places = torch.embedding_bag(*args, **kwargs)
+            held = {"indices": places, "share": (sizes > 0).to(weight.dtype)}
+        else:
+            starts = offsets[:-1] if last else offsets
+            bag = torch.bucketize(torch.arange(len(indices), device=indices.device), starts, right=True) - 1
+            kept = torch.ones_like(indices) if padding is None else (indices != padding % len(weight)).to(indices.dtype)
+            share = kept.to(weight.dtype) if weights is None else kept * weights
+            if mode == 1:
+                share = share / torch.zeros_like(starts).index_add_(0, bag, kept)[bag].clamp_min(1)
+            held = {"bag": bag, "indices": indices, "share": share}
+    return "embedding_bag", used_as(weight=source_of(sources, weight)), held
 
 
 def _assemble_bag(use: Use, gradients: Tensor) -> Factors:
-    """Each bag's gradient goes to the rows it was made of, in the shares they had."""
+    """Each bag's gradient goes to the rows it was made of: in the shares they had, or to each feature's largest."""
     source, held, (c, bags, width) = use.sources["weight"], use.held, gradients.shape
-    vocabulary = source.tensor.shape[0]
-    g = gradients[:, held["bag"]].transpose(0, 1) * held["share"][:, None, None]  # [index, c, d]
-    table = g.new_zeros(bags * vocabulary, c, width).index_add_(0, held["bag"] * vocabulary + held["indices"], g)
-    values = rows_first(table.view(bags, vocabulary, c, width).transpose(1, 2), use.axis, use.rows)
+    vocabulary, share = source.tensor.shape[0], held["share"][:, None, None]
+    if "bag" in held:
+        g = gradients[:, held["bag"]].transpose(0, 1) * share  # [index, c, d]
+        rows = held["bag"] * vocabulary + held["indices"]
+        table = g.new_zeros(bags * vocabulary, c, width).index_add_(0, rows, g).view(bags, vocabulary, c, width)
+    else:
+        g = (gradients.transpose(0, 1) * share).unsqueeze(1)  # [bag, 1, c, d]
+        rows = held["indices"].to(torch.int64)[:, None, None].expand_as(g)
+        table = g.new_zeros(bags, vocabulary, c, width).scatter_add_(1, rows, g)
+    values = rows_first(table.transpose(1, 2), use.axis, use.rows)
     return [_placed(source, (values.sum(1) if use.axis.inner > 1 else values).flatten(2))]
 
 

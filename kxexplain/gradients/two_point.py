@@ -63,6 +63,7 @@ class Trace:
         place: the operation being carried through.
         inexact: some operation had no exact linear map (a comparison flipped with nothing to lay it on).
         mixed: an operation without a rule had no example axis, so its secant joined the examples.
+        asked: there was an operation without a rule.
     """
 
     rows: int
@@ -73,6 +74,7 @@ class Trace:
     place: Place = (0, 0)
     inexact: bool = False
     mixed: bool = False
+    asked: bool = False
 
     def step(self) -> Place:
         """On to the next operation."""
@@ -89,6 +91,7 @@ class Trace:
 
     def per_example(self, place: Place, leaf: int, inputs: list[TwoPoint]) -> bool:
         """Whether an operation without a rule may be taken example by example; notes if it joins them."""
+        self.asked = True
         extent, others = self.extents.get((place, leaf), Extent.OTHER), {u.extent for u in inputs}
         if extent is Extent.EXAMPLES and Extent.OTHER not in others:
             return True
