@@ -167,6 +167,7 @@ def test_sums_and_means(tmp_path: Path) -> None:
     assert mean.steps[0].loss == pytest.approx(total.steps[0].loss / n)
 
 
+@pytest.mark.slow
 @expected_warning
 @pytest.mark.parametrize(
     ("make", "least", "most_left"),
@@ -196,6 +197,7 @@ def test_contributions_are_like_the_recorded_ones(make: Any, least: float, most_
     assert float(second.unattributed.norm() / change.norm()) < most_left
 
 
+@pytest.mark.slow
 @expected_warning
 def test_all_that_takes_a_trajectory(tmp_path: Path) -> None:
     """Rules to compare with, saving, kernels, the index: all work; what needs the steps is refused."""

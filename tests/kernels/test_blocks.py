@@ -195,6 +195,7 @@ def peak(rows: int, memory: str, options: str = "") -> float:
     return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read where Linux shows it")
 def test_memory_stays_within_the_budget() -> None:
     """Gradients of all 1,000 examples take 80 MB; within 20 MB, what is taken does not grow with their number."""
