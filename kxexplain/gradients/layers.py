@@ -47,7 +47,7 @@ def _assemble_transposed(use: Use, gradients: Tensor) -> Factors:
     """A convolution with input and output exchanged: patches of the gradient meet the input, position by position."""
     held, groups = use.held, use.held["groups"]
     x, g = held["x"].detach(), torch.stack(list(gradients), 1)
-    (n, channels), c, out = x.shape[:2], g.shape[1], g.shape[2]
+    (n, channels), c = x.shape[:2], g.shape[1]
     made: Factors = []
     if "weight" in use.sources:
         kernel, stride, dilation = held["kernel"], held["stride"], held["dilation"]
