@@ -305,16 +305,6 @@ def test_flooding_and_clipping(tmp_path: Path) -> None:
         assert float(explanation.unattributed.abs().max()) < 1e-12
 
 
-def test_another_optimizer_is_unattributed_and_said_so(tmp_path: Path) -> None:
-    problem = CASES["mlp-tanh"].build()
-    trajectory = run(problem, tmp_path, optimizer=torch.optim.RMSprop(problem.model.parameters(), lr=0.01))
-    with pytest.warns(UserWarning, match="RMSprop"):
-        explanation = kx.explain(trajectory, problem.model, problem.data, problem.queries, "all")
-    assert_complete(explanation)
-    assert float(explanation.contributions.abs().max()) == 0
-    assert float(explanation.unattributed.norm()) > 0
-
-
 def test_training_that_changes_nothing(tmp_path: Path) -> None:
     problem = CASES["mlp-tanh"].build()
     trajectory = run(problem, tmp_path, 0.0)
