@@ -225,7 +225,8 @@ class BackwardWalk:
                     earlier = recursion.memory * moments[name] if name in moments else 0.0
                     moments[name] = earlier + recursion.intake * gradient
                     alone[name] -= recursion.applied * moments[name]
-        masks, rest = cancelled(watch.factors, found, [n for n, r in recursions.items() if _adaptive(r)])
+        adaptive = [n for n, r in recursions.items() if _elementwise((r.direct, r.intake, r.applied))]
+        masks, rest = cancelled(watch.factors, found, adaptive)
         for name, stray in rest.items():  # found was replaced by what the shares add up to
             stray = recursions[name].sign * sign * (stray + taken[name] - found[name])
             strays[name] = strays[name] + stray if name in strays else stray
@@ -418,10 +419,6 @@ def _zero(value: Coefficient) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-def _adaptive(by: Recursion) -> bool:
-    """Whether elements of one parameter have rates of their own."""
-    return any(isinstance(value, Tensor) for value in (by.direct, by.intake, by.applied))
-
-
-def _elementwise(values: Mixture) -> bool:
+def _elementwise(values: tuple[Coefficient, ...]) -> bool:
+    """Whether elements of one parameter have numbers of their own."""
     return any(isinstance(value, Tensor) for value in values)

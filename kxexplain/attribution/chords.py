@@ -59,13 +59,8 @@ class ChordWalk:
     ) -> None:
         trajectory.check_model(model)
         trajectory.check_dataset(dataset)
-        self.trajectory, self.dataset, self.budget, self.jacobian, self.tick = (
-            trajectory,
-            dataset,
-            budget,
-            jacobian,
-            tick,
-        )
+        self.trajectory, self.dataset = trajectory, dataset
+        self.budget, self.jacobian, self.tick = budget, jacobian, tick
         self.bounds = bounds(trajectory, stride)
         self.loss, self.names = trajectory.loss, trajectory.manifest.optimizer.groups[0].names
         count = trajectory.manifest.dataset.count
