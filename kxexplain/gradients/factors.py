@@ -28,7 +28,7 @@ class Outer:
         a: what the matrix was applied to, [n, r, d_in].
         g: gradients at what came out, [n, c, r, d_out].
         transposed: the parameter is stored as (d_in, d_out), as in ``x @ w``.
-        raw: ``a`` holds the examples' inputs as the dataset serves them, which training does not change.
+        raw: ``a`` holds the examples' input of this number as the dataset serves it, which training does not change.
     """
 
     weight: str
@@ -36,7 +36,7 @@ class Outer:
     a: Float[Tensor, "n r d_in"]
     g: Float[Tensor, "n c r d_out"]
     transposed: bool = False
-    raw: bool = False
+    raw: int | None = None
 
     @property
     def rows(self) -> int:

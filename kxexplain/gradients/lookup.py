@@ -24,19 +24,22 @@ class InputProducts:
 
     def __init__(self, examples: int, budget: int) -> None:
         self.examples, self.left = examples, budget
-        self._tables: dict[tuple[str, int], _Table] = {}
+        self._tables: dict[tuple[str, int, int], _Table] = {}
 
     def of(self, indices: Int[Tensor, " n"], portion: int) -> InputsMet:
         """What gives the products for some of the examples and a portion of the queries (any number, to tell them)."""
 
         def found(f: Outer, h: Outer) -> Tensor:
-            table = self._table(f.weight, portion, h.a) if f.raw else None
+            if f.raw is None:
+                return inputs_met(f, h)
+            table = self._table((f.weight, f.raw, portion), h.a)
             return inputs_met(f, h) if table is None else table.rows(indices, f, h)
 
         return found
 
-    def _table(self, layer: str, portion: int, queries: Tensor) -> _Table | None:
-        table = self._tables.get((layer, portion))
+    def _table(self, key: tuple[str, int, int], queries: Tensor) -> _Table | None:
+        """The table of a layer, the input it is applied to, and a portion of the queries."""
+        table = self._tables.get(key)
         if table is None or not torch.equal(table.queries, queries):
             cost = self.examples * len(queries) * queries.element_size() if table is None else 0
             if cost > self.left:
@@ -44,7 +47,7 @@ class InputProducts:
             self.left -= cost
             known = torch.zeros(self.examples, dtype=torch.bool, device=queries.device)
             table = _Table(queries, queries.new_empty(self.examples, len(queries)), known)
-            self._tables[layer, portion] = table
+            self._tables[key] = table
         return table
 
 

@@ -205,7 +205,7 @@ class StepGradients:
 
     def forward(self, inputs: Inputs) -> AbstractContextManager[Any]:
         """Entered around the forward pass on these inputs, fresh from the dataset."""
-        self._inputs = {leaf.data_ptr(): (leaf, leaf._version) for _, leaf in leaves(inputs)}
+        self._inputs = {leaf.data_ptr(): (i, leaf, leaf._version) for i, (_, leaf) in enumerate(leaves(inputs))}
         return self.capture.around()
 
     def edges(self, outputs: Tensor, losses: Tensor, total: Tensor) -> list[GradientEdge]:
@@ -248,10 +248,11 @@ class StepGradients:
         """The factors, those whose ``a`` is the batch itself marked as raw, if it is the same in every epoch."""
         if not self.steady:
             return factors
-        return [replace(f, raw=True) if isinstance(f, Outer) and self._is_input(f.a) else f for f in factors]
+        return [replace(f, raw=self._input(f.a)) if isinstance(f, Outer) else f for f in factors]
 
-    def _is_input(self, a: Tensor) -> bool:
-        leaf, version = self._inputs.get(a.data_ptr(), (None, 0))
+    def _input(self, a: Tensor) -> int | None:
+        """The number of the input that ``a`` is, if it is one."""
+        number, leaf, version = self._inputs.get(a.data_ptr(), (0, None, 0))
         if leaf is None or leaf._version != version or not (a.is_contiguous() and leaf.is_contiguous()):
-            return False
-        return a.dtype == leaf.dtype and len(a) == len(leaf) and a.numel() == leaf.numel() > 0
+            return None
+        return number if a.dtype == leaf.dtype and len(a) == len(leaf) and a.numel() == leaf.numel() > 0 else None

@@ -30,6 +30,6 @@ def joined(factors: Factors) -> Factors:
             continue
         outers = [f for f in (factors[place] for place in places) if isinstance(f, Outer)]
         a, g = torch.cat([f.a for f in outers], 1), torch.cat([f.g for f in outers], 2)
-        sequence = compact(replace(outers[0], a=a, g=g, raw=False))
+        sequence = compact(replace(outers[0], a=a, g=g, raw=None))
         found |= {place: sequence if place == places[0] else [] for place in places}
     return [part for place, factor in enumerate(factors) for part in found.get(place, [factor])]

@@ -13,7 +13,7 @@ from kxexplain.gradients.products import inputs_met
 from kxexplain.trajectory.forward import forward, gradients
 
 
-def outer(a: Tensor, *, raw: bool = True) -> Outer:
+def outer(a: Tensor, *, raw: int | None = 0) -> Outer:
     return Outer("weight", None, a[:, None], torch.zeros(len(a), 1, 1, 2), raw=raw)
 
 
@@ -51,8 +51,18 @@ def test_queries_are_told_apart(counted: list[int]) -> None:
     assert counted == [4, 4, 4]
 
 
-@pytest.mark.parametrize(("budget", "raw"), [(4 * 3 * 4 - 1, True), (10_000, False)])
-def test_what_is_not_kept(budget: int, raw: bool, counted: list[int]) -> None:
+def test_inputs_are_told_apart() -> None:
+    """One layer applied to both inputs of an example, asked about a query whose two inputs are equal."""
+    first, second, query = torch.randn(4, 5), torch.randn(4, 5), torch.randn(3, 5)
+    products, indices = InputProducts(4, 10_000), torch.arange(4)
+    for _ in range(2):
+        for number, examples in enumerate((first, second)):
+            found = products.of(indices, 0)(outer(examples, raw=number), outer(query.clone()))
+            torch.testing.assert_close(found, examples @ query.T)
+
+
+@pytest.mark.parametrize(("budget", "raw"), [(4 * 3 * 4 - 1, 0), (10_000, None)])
+def test_what_is_not_kept(budget: int, raw: int | None, counted: list[int]) -> None:
     """Tables beyond the budget, and inputs that training may change."""
     products = InputProducts(4, budget)
     for _ in range(2):
@@ -94,4 +104,4 @@ def test_which_inputs_are_raw(name: str) -> None:
         around=watch.forward(inputs),
     )  # fmt: skip
     watch.collect(gradients(result.total, [], watch.edges(*result))[1])
-    assert [f.weight for f in watch.factors if isinstance(f, Outer) and f.raw] == (["1.weight"] if raw else [])
+    assert [f.weight for f in watch.factors if isinstance(f, Outer) and f.raw == 0] == (["1.weight"] if raw else [])

@@ -17,6 +17,7 @@ from kxexplain.errors import ArgumentError, DatasetError, ModelError, TrainingEr
 from kxexplain.learning.interrupts import interrupts
 from kxexplain.learning.trainer import train
 from kxexplain.trajectory import Replayer, Trajectory, record
+from kxexplain.trajectory.store import FLUSH_ROWS
 from tests.trajectory.runs import (
     CASES,
     Case,
@@ -551,7 +552,7 @@ train(model, examples(), "cross_entropy", optimizer, scheduler=scheduler, epochs
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_processes_stopped_at_random(tmp_path, number):
-    """Stopped at some moment by a signal; a second process finishes the run."""
+    """Stopped by a signal at some moment after the first rows were flushed; a second process finishes the run."""
     out, epochs = tmp_path / "run", 100
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
@@ -562,8 +563,9 @@ def test_processes_stopped_at_random(tmp_path, number):
         child.stdout.close()
         return child
 
-    child = begin()
-    time.sleep(0.4)
+    child, patience = begin(), time.monotonic() + 60
+    while len(list(out.glob("states/*"))) * 6 < FLUSH_ROWS + 60 and time.monotonic() < patience:
+        time.sleep(0.01)
     child.send_signal(number)
     assert child.wait(60) != 0
     Trajectory.open(out).check_files()
