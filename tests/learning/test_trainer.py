@@ -553,7 +553,7 @@ train(model, examples(), "cross_entropy", optimizer, scheduler=scheduler, epochs
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_processes_stopped_at_random(tmp_path, number):
     """Stopped by a signal at some moment after the first rows were flushed; a second process finishes the run."""
-    out, epochs = tmp_path / "run", 100
+    out, epochs = tmp_path / "run", 75
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
     def begin():
