@@ -62,8 +62,8 @@ class Ledger:
         for rows in self.side.chunks():
             for weight, secant in self._secants(segment, rows):
                 inputs = self._products.of(indices, rows.start)
-                found = against(updates.factors, secant, inputs)[:, 0] * weight
-                blocks = None if updates.jacobian is None else against(updates.jacobian, secant, inputs) * weight
+                found = against(updates.factors, secant, inputs)[:, 0].mul_(weight)
+                blocks = None if updates.jacobian is None else against(updates.jacobian, secant, inputs).mul_(weight)
                 self.credit(segment, rows, indices, found, updates.alpha, blocks)
 
     def credit(

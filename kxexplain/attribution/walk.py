@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from kxexplain.errors import ArgumentError
-from kxexplain.gradients.capture import Layout
 from kxexplain.gradients.factors import Factors, scale, take
 from kxexplain.gradients.ordinary import StepGradients, layout_of
 from kxexplain.gradients.pile import Pile, bytes_per_row
+from kxexplain.gradients.uses import Layout
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import Replayer, StepRecord, Trajectory, split
 from kxexplain.trajectory.batches import fetch

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kxexplain.gradients import nested
-from kxexplain.gradients.capture import Axis, Use
 from kxexplain.gradients.contacts import (
     REARRANGEMENTS,
     Made,
@@ -23,6 +22,7 @@ from kxexplain.gradients.contacts import (
     stacked,
 )
 from kxexplain.gradients.factors import Factors
+from kxexplain.gradients.uses import Axis, Use
 
 ELEMENTWISE = frozenset(
     "add sub rsub mul div add_ sub_ mul_ div_ pow maximum minimum where lerp addcmul addcdiv atan2 hypot xlogy".split()

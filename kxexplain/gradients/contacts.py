@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kxexplain.gradients.capture import Axis, Use
 from kxexplain.gradients.factors import Dense, Factors, Outer, compact, worth_writing
 from kxexplain.gradients.sources import Source
+from kxexplain.gradients.uses import Axis, Use
 
 Sources = Mapping[int, Source]
 Made = tuple[str, dict[str, Source], dict[str, Any]] | None

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from kxexplain.errors import KxError
-from kxexplain.gradients.capture import Capture, Layout, measure
+from kxexplain.gradients.capture import Capture
 from kxexplain.gradients.factors import Dense, Factors, concatenate, signature
+from kxexplain.gradients.measuring import measure
 from kxexplain.gradients.ordinary import checked, differentiate, layout_of
 from kxexplain.gradients.products import dot
 from kxexplain.gradients.secant import rank_one_residual
 from kxexplain.gradients.two_point import Extent, Place, Substitution, Trace, TwoPoint
+from kxexplain.gradients.uses import Layout
 from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory.batches import call, copied, count, outputs_2d, take
 

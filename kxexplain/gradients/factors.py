@@ -87,6 +87,12 @@ class Outer:
         written = [Dense(self.weight, product.flatten(2))]
         return written if self.bias is None else [*written, Dense(self.bias, g.sum(2))]
 
+    def total(self) -> dict[str, Tensor]:
+        """Each parameter's gradients summed over examples and quantities, flattened; one matrix product."""
+        g, a = self.g.sum(1).flatten(0, 1), self.a.flatten(0, 1)
+        found = {self.weight: (a.T @ g if self.transposed else g.T @ a).flatten()}
+        return found if self.bias is None else {**found, self.bias: g.sum(0)}
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -139,6 +145,10 @@ class Dense:
     def dense(self) -> list[Dense]:
         """Itself."""
         return [self]
+
+    def total(self) -> dict[str, Tensor]:
+        """The gradients summed over examples and quantities."""
+        return {self.weight: self.values.sum((0, 1))}
 
 
 Factor: TypeAlias = Outer | Dense

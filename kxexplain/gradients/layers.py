@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kxexplain.gradients.capture import Axis, Use
 from kxexplain.gradients.contacts import (
     Made,
     Sources,
@@ -22,6 +21,7 @@ from kxexplain.gradients.contacts import (
     used_as,
 )
 from kxexplain.gradients.factors import Factors
+from kxexplain.gradients.uses import Axis, Use
 
 
 def _transposed(dimensions: int) -> Callable[..., Made]:

@@ -59,9 +59,9 @@ class _Table:
 
     def rows(self, indices: Tensor, f: Outer, h: Outer) -> Tensor:
         """[n, m] of these examples; those not met before are computed now."""
-        missing = (~self.known[indices]).nonzero().squeeze(1)
+        missing = (~self.known.index_select(0, indices)).nonzero().squeeze(1)
         if len(missing):
             new = f if len(missing) == len(indices) else f.take(missing)
             self.values[indices[missing]] = inputs_met(new, h)
             self.known[indices[missing]] = True
-        return self.values[indices]
+        return self.values.index_select(0, indices)

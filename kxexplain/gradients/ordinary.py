@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kxexplain.errors import KxError
-from kxexplain.gradients.capture import Axis, Capture, Layout, Run, Use, measure
+from kxexplain.gradients.capture import Capture
 from kxexplain.gradients.factors import Dense, Factors, Outer, merge, wide
+from kxexplain.gradients.measuring import Run, measure
 from kxexplain.gradients.positions import joined
 from kxexplain.gradients.registry import ASSEMBLY
+from kxexplain.gradients.uses import Axis, Layout, Use
 from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory.batches import call, copied, count, leaves, outputs_2d, take
 
@@ -60,18 +63,24 @@ def checked(layout: Layout, run: Run, parameters: Tensors) -> Layout:
     if not outputs.requires_grad or not free:
         return layout
     values = outputs.sum(1, keepdim=True)
-    parts = [part for f in differentiate(values, capture, parameters, keep_graph=True) for part in f.dense()]
+    found: Tensors = {}
+    for f in differentiate(values, capture, parameters, keep_graph=True):
+        for name, sums in f.total().items():
+            found[name] = found[name] + sums if name in found else sums
     whole = torch.autograd.grad(values.sum(), list(free.values()), allow_unused=True)
-    largest = max((float(g.abs().max()) for g in whole if g is not None and g.numel()), default=0.0)
+    size = {name: _largest(g) for name, g in zip(free, whole, strict=True)}
     missed = set()
     for (name, parameter), gradient in zip(free.items(), whole, strict=True):
-        found = sum((part.values.sum((0, 1)) for part in parts if part.weight == name), torch.zeros(()))
         wanted = torch.zeros_like(parameter) if gradient is None else gradient
-        gap = (wanted.flatten() - found.to(wanted.device)).abs().max() if wanted.numel() else torch.zeros(())
-        limit = 10 * torch.finfo(wanted.dtype).eps ** 0.5 * max(float(wanted.abs().max()), 1e-3 * largest)
-        if not float(gap) <= limit and bool(gap.isfinite()):
+        gap = _largest(wanted.flatten() - found[name] if name in found else wanted)
+        limit = 10 * torch.finfo(wanted.dtype).eps ** 0.5 * max(size[name], 1e-3 * max(size.values()))
+        if not gap <= limit and math.isfinite(gap):
             missed.add(name)
     return replace(layout, loose=frozenset(missed))
+
+
+def _largest(values: Tensor | None) -> float:
+    return float(values.abs().max()) if values is not None and values.numel() else 0.0
 
 
 def differentiate(values: Tensor, capture: Capture, parameters: Tensors, *, keep_graph: bool = False) -> Factors:
@@ -248,7 +257,11 @@ class StepGradients:
         """The factors, those whose ``a`` is the batch itself marked as raw, if it is the same in every epoch."""
         if not self.steady:
             return factors
-        return [replace(f, raw=self._input(f.a)) if isinstance(f, Outer) else f for f in factors]
+        numbers = [self._input(f.a) if isinstance(f, Outer) else None for f in factors]
+        return [
+            replace(f, raw=number) if number is not None and isinstance(f, Outer) else f
+            for f, number in zip(factors, numbers, strict=True)
+        ]
 
     def _input(self, a: Tensor) -> int | None:
         """The number of the input that ``a`` is, if it is one."""

@@ -19,6 +19,8 @@ def joined(factors: Factors) -> Factors:
     t uses on either side would meet in t² small products; as a sequence of t positions they meet in one, or are
     written out where that takes fewer operations (:func:`~kxexplain.gradients.factors.compact`).
     """
+    if len(factors) - len({f.weight for f in factors}) < MANY - 1:  # no matrix is used so often
+        return factors
     groups: dict[object, list[int]] = {}
     for place, factor in enumerate(factors):
         if isinstance(factor, Outer):

@@ -61,7 +61,8 @@ def _accumulate(  # type: ignore[no-untyped-def]
             assert isinstance(f, Dense)
             assert isinstance(h, Dense)
             term = dense(f.values, h.values)
-        total = term.to(dtype or term.dtype) if total is None else total.add_(term)
+        term = term.to(dtype or term.dtype)  # converted first: adding numbers of two kinds takes longer
+        total = term if total is None else total.add_(term)
     return outer(_nothing(left[0]), _nothing(right[0])) if total is None else total
 
 

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kxexplain.gradients.capture import Axis, Use
 from kxexplain.gradients.contacts import Made, Sources, assemble_linear, source_of
 from kxexplain.gradients.factors import Factors
 from kxexplain.gradients.rules import secant
 from kxexplain.gradients.sources import Source
+from kxexplain.gradients.uses import Axis, Use
 
 Product = Callable[[Tensor, Any, Any], Tensor]
 """``F.linear``, or a version of it that notes what it was applied to."""

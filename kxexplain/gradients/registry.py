@@ -7,15 +7,14 @@ written-out algebra in :mod:`~kxexplain.gradients.algebra`, recurrent nets in :m
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from kxexplain.gradients import algebra, contacts, layers, recurrent
-from kxexplain.gradients.capture import Axis, Use
 from kxexplain.gradients.contacts import Made, Sources
 from kxexplain.gradients.factors import Factors
+from kxexplain.gradients.uses import Axis, Use
 
 CONTACTS: dict[str, list[Callable[..., Made]]] = {}
 """By operation, in the order in which they are tried."""
@@ -39,11 +38,11 @@ def made(name: str, func: Any, sources: Sources, args: Any, kwargs: Any, output:
     """The first contact that takes the call."""
     if name in OUTPUTS:
         return OUTPUTS[name](sources, args, kwargs, output, axis, leaf)
-    tried: list[Callable[..., Made]] = [*CONTACTS.get(name, []), partial(algebra.look_up, name, func)]
-    if name in algebra.ELEMENTWISE:
-        tried.append(partial(algebra.elementwise, func))
-    for contact in tried:
+    for contact in CONTACTS.get(name, ()):
         found = contact(sources, args, kwargs, output, axis)
         if found is not None:
             return found
-    return None
+    found = algebra.look_up(name, func, sources, args, kwargs, output, axis)
+    if found is None and name in algebra.ELEMENTWISE:
+        found = algebra.elementwise(func, sources, args, kwargs, output, axis)
+    return found

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError, DatasetError, ModelError
-from kxexplain.gradients.capture import Layout
 from kxexplain.gradients.factors import Dense, Factors, concatenate, merge, signature
 from kxexplain.gradients.factors import take as rows_of
 from kxexplain.gradients.ordinary import layout_of, output_gradients, trainable
 from kxexplain.gradients.pile import Pile, bytes_per_row
 from kxexplain.gradients.products import diagonal, gram, gram_trace, pair_elements, squared_norm
+from kxexplain.gradients.uses import Layout
 from kxexplain.kernels.blocks import Buffer, Plan, Span, Target, buffer, spans
 from kxexplain.kernels.budget import parse_bytes, progress_bar
 from kxexplain.shapes import Inputs

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kxexplain.gradients.capture import Capture, Layout
+from kxexplain.gradients.capture import Capture
 from kxexplain.gradients.table import RULES
 from kxexplain.gradients.two_point import Substitution, Trace, TwoPoint
+from kxexplain.gradients.uses import Layout
 from tests.laws import relative
 
 Call = Callable[..., Any]
