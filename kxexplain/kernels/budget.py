@@ -13,7 +13,10 @@ from kxexplain.errors import ArgumentError
 @contextmanager
 def progress_bar(shown: bool, steps: int, what: str = "explaining") -> Iterator[Callable[[], None]]:
     """A progress bar over so many steps; gives the function that advances it."""
-    with Progress(transient=True, disable=not shown) as bar:
+    if not shown:
+        yield lambda: None
+        return
+    with Progress(transient=True) as bar:
         task = bar.add_task(what, total=steps)
         yield lambda: bar.advance(task)
 
