@@ -32,7 +32,7 @@ test: $(VENV)/.installed-test
 slow: $(VENV)/.installed-test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m slow --timeout 1800 $(ARGS)
 
-bench: $(VENV)/.installed-test $(VENV)/.installed-bench
+bench: $(VENV)/.installed-test $(VENV)/.installed-bench $(VENV)/.installed-peers
 	for script in $(BENCHMARKS); do $(BIN)/python -m tests.benchmarks.$$script || exit 1; done
 
 check: $(VENV)/.installed-dev
@@ -48,6 +48,11 @@ clean:
 # A stamp file per set of extras: installed again when the dependencies change, else not.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e .
+	touch $@
+
+# Libraries to be measured against, without their dependencies (the file says why).
+$(VENV)/.installed-peers: tests/benchmarks/peers.txt | $(BIN)/python
+	$(PIP) --no-deps -r $<
 	touch $@
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
