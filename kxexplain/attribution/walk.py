@@ -121,10 +121,15 @@ def bounds(trajectory: Trajectory, stride: int | None) -> list[int]:
 
 
 def watched(replayer: Replayer) -> tuple[Tensors, Layout]:
-    """The parameters that the optimiser moves, and where the model keeps its examples; leaves the replayer anywhere."""
+    """The parameters that the optimiser moves, and where the model keeps its examples; leaves the replayer anywhere.
+
+    All of them count as trainable meanwhile: one that begins frozen may be freed later.
+    """
     replayer.seek(0)
     groups = replayer.trajectory.manifest.optimizer.groups
     parameters: Tensors = {name: replayer.parameters[name] for group in groups for name in group.names}
+    for parameter in parameters.values():
+        parameter.requires_grad_(parameter.is_floating_point())
     with torch.random.fork_rng(devices=[]):
         inputs, _ = fetch(replayer.dataset, replayer.trajectory.steps[0].indices, replayer.device)
         return parameters, layout_of(replayer.model, inputs, parameters)

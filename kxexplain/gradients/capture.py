@@ -46,7 +46,8 @@ class Capture(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[str, Tensor], layout: Layout | None, rows: int) -> None:
         super().__init__()
-        self.sources = {id(t): Source(name, t, t.numel()) for name, t in parameters.items() if t.requires_grad}
+        self.parameters = parameters
+        self.sources = self._free()
         self.layout, self.rows = layout, rows
         self.uses: list[Use] = []
         self.loose = set() if layout is None else set(parameters if layout.blind else layout.loose)
@@ -57,7 +58,11 @@ class Capture(TorchFunctionMode):
 
     def around(self) -> AbstractContextManager[Any]:
         """Entered around the forward pass."""
+        self.sources = self._free()  # replay may have frozen or freed some since this was made
         return nullcontext() if self.layout is not None and self.layout.blind else self
+
+    def _free(self) -> dict[int, Source]:
+        return {id(t): Source(name, t, t.numel()) for name, t in self.parameters.items() if t.requires_grad}
 
     def enter(self, call: int) -> None:
         """The forward code has come to its next call (told by a tracer that makes several calls of one)."""

@@ -123,7 +123,7 @@ def _room(gradient: Tensor, use: Use, columns: int) -> Tensor:
 
 def loose_gradients(values: Tensor, capture: Capture, parameters: Tensors) -> Factors:
     """Gradients of the parameters without a contact: one backward pass per example and column."""
-    names = [name for name in parameters if name in capture.loose]
+    names = [name for name, p in parameters.items() if name in capture.loose and p.requires_grad]
     if not names or not values.requires_grad:
         return []
     rows, columns = values.shape
