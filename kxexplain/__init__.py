@@ -19,6 +19,7 @@ from kxexplain.attribution import Explanation, Ranking, Timeline, explain
 from kxexplain.errors import (
     ArgumentError,
     DatasetError,
+    IncompleteWarning,
     IndexFileError,
     KxError,
     MissingExtraError,
@@ -50,5 +51,5 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "datasets",
     # errors and the warning
     "KxError", "ArgumentError", "DatasetError", "IndexFileError", "MissingExtraError", "ModelError", "ReplayError",
-    "TargetError", "TrainingError", "TrajectoryError", "UnattributedWarning",
+    "TargetError", "TrainingError", "TrajectoryError", "UnattributedWarning", "IncompleteWarning",
 ]  # fmt: skip

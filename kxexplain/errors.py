@@ -51,5 +51,9 @@ class MissingExtraError(KxError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
+class IncompleteWarning(UserWarning):
+    """A bill's remainder is more than rounding: the message says how large it is; something is wrong in the library."""
+
+
 class UnattributedWarning(UserWarning):
     """A part of the bill is no example's: the message says how large it is, and the likely cause."""

@@ -20,9 +20,9 @@ from kxexplain.attribution.ledger import Ledger
 from kxexplain.attribution.queries import QuerySide
 from kxexplain.attribution.result import Explanation
 from kxexplain.attribution.targets import TargetSpec
-from kxexplain.attribution.unattributed import unattributed_part
+from kxexplain.attribution.unattributed import missing_part, unattributed_part
 from kxexplain.attribution.walk import Walk, bounds
-from kxexplain.errors import ArgumentError, UnattributedWarning
+from kxexplain.errors import ArgumentError, IncompleteWarning, UnattributedWarning
 from kxexplain.kernels import quadrature
 from kxexplain.kernels.budget import parse_bytes, progress_bar
 from kxexplain.shapes import Examples, Inputs
@@ -68,6 +68,7 @@ def explain(
         The bill of every query.
 
     Warns:
+        IncompleteWarning: the bill does not add up, which no faithfully recorded run should bring about.
         UnattributedWarning: a part of the bill is no example's, and more than rounding: how large it is, and why.
 
     Raises:
@@ -113,6 +114,9 @@ def explain(
     left = unattributed_part(explanation, trajectory)
     if left is not None:
         warnings.warn(left, UnattributedWarning, stacklevel=2)
+    missing = missing_part(explanation) if side.rule.exact else None
+    if missing is not None:
+        warnings.warn(missing, IncompleteWarning, stacklevel=2)
     return explanation
 
 

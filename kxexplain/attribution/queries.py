@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kxexplain.attribution.targets import ResolvedTarget, TargetSpec, resolve_target
-from kxexplain.errors import DatasetError, KxError, ModelError
+from kxexplain.errors import DatasetError, KxError, ModelError, TargetError
 from kxexplain.gradients.discrete import DiscreteGradient, Secant
 from kxexplain.gradients.factors import size
 from kxexplain.kernels.quadrature import Rule
@@ -67,7 +67,7 @@ class QuerySide:
             DatasetError: no queries, values that are not finite, or queries that the model cannot take.
             TargetError: the target does not exist.
         """
-        trajectory.check_model(model)
+        Trajectory.required(trajectory).check_model(model)
         private = private_copy(model).eval()
         device = next(private.parameters()).device
         inputs, labels = query_batch(queries, device)
@@ -90,6 +90,11 @@ class QuerySide:
         buffers = {name for name, _ in private.named_buffers()}
         with torch.no_grad():
             baseline, prediction = (resolved.select(values, slice(None)) for values in (before, after))
+        for which, values in (("first", baseline), ("trained", prediction)):
+            if not bool(values.isfinite().all()):
+                raise TargetError(
+                    f"the target {resolved.name!r} of the {which} model is not finite for some queries; choose another"
+                )
         side = cls(
             inputs, resolved, rule, budget, DiscreteGradient(private, names), names, buffers & set(names),
             baseline, prediction, labels, shaped.shape[1:],

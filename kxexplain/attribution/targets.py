@@ -140,10 +140,10 @@ def _function(function: Callable[[Tensor], Tensor], outputs: Tensor) -> Resolved
 def _called(function: Callable[[Tensor], Any], outputs: Tensor) -> Any:
     try:
         return function(outputs)
-    except UNFIT as error:
+    except Exception as error:  # whatever the caller's own code raises
         raise TargetError(
-            f"the target function failed on outputs of shape {tuple(outputs.shape)}: {error}; expected a function from "
-            "outputs [n, C], whatever n, to one number per row"
+            f"the target function failed on outputs of shape {tuple(outputs.shape)}: {error!r}; expected a function "
+            "from outputs [n, C], whatever n, to one number per row"
         ) from error
 
 

@@ -1,8 +1,9 @@
-"""Saying how much of a bill is no example's, and why."""
+"""Saying how much of a bill is no example's, and why; and where a bill does not add up."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kxexplain.attribution.result import Explanation
 from kxexplain.trajectory import Trajectory
@@ -20,19 +21,38 @@ def unattributed_part(explanation: Explanation, trajectory: Trajectory) -> str |
     Sizes are 2-norms over the queries (and outputs). Rounding is what replay takes for rounding, relative to the
     change that training made, and more where large contributions cancel.
     """
-    amount = explanation.unattributed.double().norm().item()
+    share = _beyond_rounding(explanation, explanation.unattributed)
+    if share is None:
+        return None
+    return (
+        f"the bill's line 'unattributed' is {share} (2-norms over the {len(explanation)} queries): "
+        f"{_cause(trajectory, explanation.facts['drift'])}; it belongs to no example, and explanation.unattributed has "
+        "it query by query"
+    )
+
+
+def missing_part(explanation: Explanation) -> str | None:
+    """A sentence about a remainder that is more than rounding; ``None`` where the bill adds up, as it should."""
+    share = _beyond_rounding(explanation, explanation.remainder)
+    if share is None:
+        return None
+    return (
+        f"the bill does not add up: its line 'remainder' is {share} (2-norms over the {len(explanation)} queries), "
+        "where rounding was expected; the contributions may be wrong by as much. This is a mistake in kxexplain: "
+        "please report the model and the loop"
+    )
+
+
+def _beyond_rounding(explanation: Explanation, line: Tensor) -> str | None:
+    """How large a line is, in words; ``None`` for rounding."""
+    amount = line.double().norm().item()
     change = (explanation.prediction - explanation.baseline).double().norm().item()
     turned_over = explanation.contributions.double().abs().sum(1).norm().item()
     kind = explanation.prediction.dtype
     rounding = TOLERANCE.get(kind, 2e-2) * change + ROUNDINGS * torch.finfo(kind).eps * turned_over
     if not amount > rounding:
         return None
-    share = f"{100 * amount / change:.3g} % of the change that training made" if change > 0 else f"{amount:.3g}"
-    return (
-        f"the bill's line 'unattributed' is {share} (2-norms over the {len(explanation)} queries): "
-        f"{_cause(trajectory, explanation.facts['drift'])}; it belongs to no example, and explanation.unattributed has "
-        "it query by query"
-    )
+    return f"{100 * amount / change:.3g} % of the change that training made" if change > 0 else f"{amount:.3g}"
 
 
 def _cause(trajectory: Trajectory, drift: float | None) -> str:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from kxexplain.errors import KxError, TrajectoryError, UnattributedWarning
+from kxexplain.errors import IncompleteWarning, KxError, TrajectoryError, UnattributedWarning
 
 Run = Annotated[Path, typer.Argument(help="Folder of a recorded training.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
@@ -61,12 +61,13 @@ def warnings_in_one_line() -> Iterator[None]:
         shown = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
-            if issubclass(category, UnattributedWarning):
+            if issubclass(category, (IncompleteWarning, UnattributedWarning)):
                 typer.echo(f"kxexplain: note: {message}", err=True)
             else:
                 shown(message, category, *rest, **options)
 
-        warnings.simplefilter("always", UnattributedWarning)
+        for kind in (IncompleteWarning, UnattributedWarning):
+            warnings.simplefilter("always", kind)
         warnings.showwarning = show
         yield
 

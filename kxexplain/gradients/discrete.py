@@ -2,6 +2,7 @@ r"""The discrete gradient of a model between two parameter vectors: ⟨D(x), θ'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -211,9 +212,10 @@ def _adds_up(secant: Secant) -> bool:
     It is not where part of the model computes out of sight: again, while going backward (checkpointing).
     """
     missing = secant.end - secant.start - secant.along(secant.direction)
-    eps = torch.finfo(secant.start.dtype).eps
+    eps = float(torch.finfo(secant.start.dtype).eps)
     rounding = 1e3 * eps * (float(secant.start.norm()) + float(secant.end.norm()))
-    return float(missing.norm()) <= eps**0.5 * float((secant.end - secant.start).norm()) + rounding
+    allowed = math.sqrt(eps) * float((secant.end - secant.start).norm()) + rounding
+    return float(missing.norm()) <= allowed
 
 
 def _extents(

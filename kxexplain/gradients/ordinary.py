@@ -71,7 +71,7 @@ def checked(layout: Layout, run: Run, parameters: Tensors) -> Layout:
     size = {name: _largest(g) for name, g in zip(free, whole, strict=True)}
     missed = set()
     for (name, parameter), gradient in zip(free.items(), whole, strict=True):
-        wanted = torch.zeros_like(parameter) if gradient is None else gradient
+        wanted = torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
         gap = _largest(wanted.flatten() - found[name] if name in found else wanted)
         limit = 10 * torch.finfo(wanted.dtype).eps ** 0.5 * max(size[name], 1e-3 * max(size.values()))
         if not gap <= limit and math.isfinite(gap):
@@ -80,7 +80,7 @@ def checked(layout: Layout, run: Run, parameters: Tensors) -> Layout:
 
 
 def _largest(values: Tensor | None) -> float:
-    return float(values.abs().max()) if values is not None and values.numel() else 0.0
+    return float(values.to_dense().abs().max()) if values is not None and values.numel() else 0.0
 
 
 def differentiate(values: Tensor, capture: Capture, parameters: Tensors, *, keep_graph: bool = False) -> Factors:

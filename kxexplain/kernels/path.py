@@ -87,7 +87,7 @@ def path_kernel(
     tensor([[2., 0.],
             [0., 2.]])
     """
-    trajectory.check_model(model)
+    Trajectory.required(trajectory).check_model(model)
     require_inputs(x1, x2, diag=diag)
     weights = flow_weights(trajectory)
     with torch.random.fork_rng(devices=[]):

@@ -13,6 +13,9 @@ import numpy as np
 
 from kxexplain.errors import ArgumentError
 
+MOST_NODES = 1000
+"""Of a Gauss–Legendre rule: finding the nodes takes memory and time that grow with their square and more."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -57,7 +60,9 @@ def rule(name: str) -> Rule:
         return Rule(name, ((0.0, 1.0),))
     if name == "midpoint":
         return Rule(name, ((0.5, 1.0),))
-    kind, _, count = name.partition("-")
-    if kind == "gauss" and count.isdigit() and int(count) > 0:
+    kind, _, count = name.partition("-") if isinstance(name, str) else ("", "", "")
+    if kind == "gauss" and count.isdigit() and 0 < int(count) <= MOST_NODES:
         return Rule(name, gauss_legendre(int(count)))
-    raise ArgumentError(f'got rule {name!r}; expected "discrete", "start", "midpoint" or "gauss-<nodes>" (gauss-2)')
+    raise ArgumentError(
+        f'got rule {name!r}; expected "discrete", "start", "midpoint" or "gauss-<nodes>" (gauss-2, up to {MOST_NODES})'
+    )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kxexplain.errors import ArgumentError, DatasetError, ModelError
+from kxexplain.errors import ArgumentError, DatasetError, KxError, ModelError
 from kxexplain.gradients.factors import Dense, Factors, concatenate, merge, signature
 from kxexplain.gradients.factors import take as rows_of
 from kxexplain.gradients.ordinary import layout_of, output_gradients, trainable
@@ -18,7 +18,7 @@ from kxexplain.gradients.uses import Layout
 from kxexplain.kernels.blocks import Buffer, Plan, Span, Target, buffer, spans
 from kxexplain.kernels.budget import parse_bytes, progress_bar
 from kxexplain.shapes import Inputs
-from kxexplain.trajectory.batches import count, take
+from kxexplain.trajectory.batches import call, copied, count, leaves, outputs_2d, take
 from kxexplain.trajectory.forward import private_copy
 
 Outputs = Literal["trace", "full"] | int
@@ -52,7 +52,10 @@ class TangentKernel:
         if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
             raise ArgumentError(f"got batch={batch!r}; expected a positive number of examples, or None")
         budget = parse_bytes(memory)
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"got {type(model).__name__} as the model; expected a torch.nn.Module")
         self.model = private_copy(model).eval()
+        _try(self.model, inputs)
         if not trainable(self.model):
             raise ModelError("the model has no trainable parameters: its tangent kernel is empty")
         self.outputs = outputs
@@ -166,15 +169,34 @@ def _joined(pieces: list[Factors]) -> Factors:
     return concatenate(pieces)
 
 
+def _try(model: nn.Module, inputs: Inputs) -> None:
+    """``DatasetError`` if the model cannot take one of the inputs."""
+    try:
+        with torch.no_grad():
+            outputs_2d(call(model, copied(take(inputs, slice(0, 1)))))
+    except (KxError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        got = ", ".join(f"{leaf.dtype} {tuple(leaf.shape)}" for _, leaf in leaves(inputs))
+        raise DatasetError(
+            f"the model cannot take the inputs ({type(error).__name__}: {error}); got {got}, expected a batch of what "
+            "it was built for, examples along the first axis (a single one is x[None])"
+        ) from error
+
+
 def require_inputs(x1: Inputs, x2: Inputs | None, *, diag: bool) -> None:
     """Check what both kernels are given.
 
     Raises:
-        DatasetError: a batch is empty.
+        DatasetError: a batch is empty, or not finite.
         ArgumentError: a diagonal between two batches.
     """
-    if any(batch is not None and count(batch) == 0 for batch in (x1, x2)):
-        raise DatasetError("there are no inputs; give at least one")
+    for batch in (x1, x2):
+        if batch is not None and count(batch) == 0:
+            raise DatasetError("there are no inputs; give at least one")
+        for path, leaf in [] if batch is None else leaves(batch):
+            if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+                raise DatasetError(f"the inputs{path} hold NaN or infinite values; clean them first")
     if diag and x2 is not None:
         raise ArgumentError("got diag=True and x2; the diagonal is K(x, x) for the inputs x1 alone: leave x2 out")
 

@@ -32,6 +32,11 @@ def private_copy(model: nn.Module) -> nn.Module:
 
     What a module has kept of an earlier call (a weight computed by a hook, say) is copied without its graph.
     """
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "called inside torch.inference_mode(), where no gradient can be taken; leave that block (torch.no_grad() "
+            "is no obstacle)"
+        )
     kept = {
         id(value): value.detach().clone()
         for module in model.modules()

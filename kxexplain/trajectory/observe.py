@@ -59,6 +59,8 @@ class Observer:
         self._fixed = [
             (group, key, value) for group in optimizer.param_groups for key, value in group.items() if key not in RATES
         ]
+        self._groups = [(group, list(group["params"])) for group in optimizer.param_groups]
+        self._plain = is_plain(optimizer)
         self._names = [name for name, _ in model.named_modules()]
         self._modules = list(model.modules())
         self._named = dict(model.named_parameters())
@@ -213,6 +215,7 @@ class Observer:
                 "recorder.fetch(indices), so replay could not draw the same; nothing was changed. Write "
                 "inputs, targets = recorder.fetch(indices) in the loop"
             )
+        self._check_parameters()
         norm = gradient_norm([p.grad for p in self.parameters if p.grad is not None])
         if not math.isfinite(norm):
             raise TrainingError(
@@ -223,6 +226,29 @@ class Observer:
         self.norm = norm
         self.rates = rates(self.optimizer)
         self.pending = True
+
+    def _check_parameters(self) -> None:
+        """``TrainingError`` where the optimiser is about to move parameters that replay would not."""
+        groups = self.optimizer.param_groups
+        if len(groups) != len(self._groups) or any(len(g["params"]) != len(held) for g, held in self._groups):
+            raise TrainingError(
+                f"the optimizer was given more parameters, or fewer, by step {self.step}; nothing was changed. Give it "
+                "all parameters before record(), and free them later with requires_grad_(True)"
+            )
+        for parameter in self.parameters:
+            gradient = parameter.grad
+            if gradient is not None and not parameter.requires_grad and not (self._plain and not gradient.any()):
+                name = next(name for name, p in self._named.items() if p is parameter)
+                raise TrainingError(
+                    f"{name} is frozen, but still has a gradient at step {self.step}, with which the optimizer would "
+                    "move it; nothing was changed. Use zero_grad(set_to_none=True), or set its .grad to None"
+                )
+
+
+def is_plain(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a gradient of zero changes nothing: SGD without momentum and decay."""
+    groups = optimizer.param_groups
+    return type(optimizer) is torch.optim.SGD and not any(g["momentum"] or g["weight_decay"] for g in groups)
 
 
 def check_precision(device: torch.device) -> None:

@@ -76,7 +76,7 @@ class Replayer:
     """
 
     def __init__(self, trajectory: Trajectory, model: nn.Module, dataset: Any) -> None:
-        trajectory.check_model(model)
+        Trajectory.required(trajectory).check_model(model)
         trajectory.check_dataset(dataset)
         self.trajectory = trajectory
         self.dataset = dataset
@@ -128,7 +128,7 @@ class Replayer:
         self.position += 1
         if self.position in self._recorded:
             self._arrive()
-        named = {self._names[id(p)]: g for p, g in zip(trained, found, strict=True) if g is not None}
+        named = {self._names[id(p)]: _whole(g) for p, g in zip(trained, found, strict=True) if g is not None}
         return ReplayedStep(record, result.outputs.detach(), result.losses.detach(), named)
 
     def twin(self) -> Replayer:
@@ -196,11 +196,17 @@ class Replayer:
                 f"replaying to step {self.position} ended {drift:.1e} (relative) away from the "
                 f"recorded state, in {name!r}; at most {tolerance:.0e} is rounding. Likely causes: "
                 "the dataset's order or values changed, dropout or augmentation drawn from another generator "
-                "than torch's global one, another number of threads or another machine, or gradients "
+                "than torch's global one, another number of threads or another machine, another thread that drew "
+                "random numbers meanwhile (one at a time may replay), gradients zeroed in place (use "
+                "zero_grad(set_to_none=True)) of parameters that a step does not use, or gradients "
                 "clipped or changed without telling the recorder (by norm: recorder.step(clip=factor); by value: "
                 "record(clip_value=...)); recording more states shortens replay"
             )
         self._load(state)
+
+
+def _whole(gradient: Tensor) -> Tensor:
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 def _set_modes(model: nn.Module, modes: Modes) -> None:

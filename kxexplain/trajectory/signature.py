@@ -92,6 +92,7 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Op
                 "build it from model.parameters(), after any copying of the model"
             )
         members = tuple(names[id(p)] for p in group["params"])
+        _check_precise(group)
         groups.append(GroupRecord(members, group_options(group)))
     if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
         raise ArgumentError("the optimizer holds no trainable parameter of the model")
@@ -99,6 +100,17 @@ def describe_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Op
     record = OptimizerRecord(kind.__name__ if own is None else OWN + kind.__qualname__, tuple(groups))
     build_optimizer(record, dict(model.named_parameters()), own)
     return record
+
+
+def _check_precise(group: Mapping[str, Any]) -> None:
+    """``ArgumentError`` for options that torch rounds to fewer digits than the parameters have."""
+    for key, value in group.items():
+        narrow = isinstance(value, Tensor) and value.dtype == torch.float32
+        if narrow and any(p.dtype == torch.float64 for p in group["params"]):
+            raise ArgumentError(
+                f"the optimizer's {key} is a float32 tensor, but its parameters are float64: what it computes cannot "
+                f"be repeated from numbers; give {key}={float(value):g}, or a float64 tensor"
+            )
 
 
 def own_class(optimizer: torch.optim.Optimizer) -> MakeOptimizer | None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from kxexplain.errors import TrajectoryError
+from kxexplain.errors import TrainingError, TrajectoryError
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory.records import OptimizerRecord
 from kxexplain.trajectory.rng import RngState
@@ -46,8 +46,17 @@ def capture_state(
     buffers: Mapping[str, Tensor] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> State:
-    """The present state, sharing memory with the model; ``buffers`` replaces the model's own."""
+    """The present state, sharing memory with the model; ``buffers`` replaces the model's own.
+
+    ``TrainingError`` for moments kept as sparse tensors, which a file of states has no form for.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
+    for parameter, values in optimizer.state.items():
+        if any(isinstance(v, Tensor) and v.layout is not torch.strided for v in values.values()):
+            raise TrainingError(
+                f"the optimizer keeps a sparse tensor for {names[id(parameter)]}, which cannot be recorded; use "
+                "sparse=False, or an optimizer without momentum"
+            )
     return State(
         step=step,
         parameters={name: p.detach() for name, p in model.named_parameters()},

@@ -97,9 +97,12 @@ def folder(out: Any) -> Path:
     'one'
     """
     try:
-        return Path(out)
+        path = Path(out)
     except TypeError as error:
         raise ArgumentError(f"out is {out!r}, expected the path of a folder, like 'runs/first'") from error
+    if "\0" in str(path):
+        raise ArgumentError(f"out is {out!r}, but a path cannot hold a null character; give one like 'runs/first'")
+    return path
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:

@@ -68,6 +68,13 @@ class Trajectory:
         self._own_optimizer = optimizer
         self._files = {state.step: state for state in self.states}
 
+    @staticmethod
+    def required(value: Any) -> Trajectory:
+        """``value`` if it is a trajectory; ``ArgumentError`` if it is something else, such as its folder."""
+        if isinstance(value, Trajectory):
+            return value
+        raise ArgumentError(f"got {value!r} as the trajectory; expected one that is open: kx.Trajectory.open(folder)")
+
     @classmethod
     def open(
         cls, path: str | PathLike[str], loss: LossFunction | None = None, optimizer: MakeOptimizer | None = None
@@ -80,6 +87,8 @@ class Trajectory:
         ``TrajectoryError`` if it is no trajectory, or a file is missing, truncated or altered.
         States are checked against their checksums when loaded, or all by :meth:`check_files`.
         """
+        if not isinstance(path, (str, PathLike)):
+            raise ArgumentError(f"got {path!r} as a trajectory's folder; expected its path")
         folder = Path(path)
         if not (folder / MANIFEST).is_file():
             raise TrajectoryError(f"{folder} is no trajectory: it has no {MANIFEST}")

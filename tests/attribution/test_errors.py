@@ -213,3 +213,40 @@ def test_a_model_that_changes_its_input_does_not_change_the_caller_s(tmp_path: P
         kx.tangent_kernel(problem.model, queries)
         assert torch.equal(queries, before)
     assert_complete(explanation)
+
+
+def test_a_folder_in_place_of_a_trajectory(trained) -> None:
+    """The annotations are checked while the tests run, so this asks what all functions ask."""
+    trajectory = trained[1]
+    assert kx.Trajectory.required(trajectory) is trajectory
+    for value in (str(trajectory.path), None):
+        with pytest.raises(kx.ArgumentError, match=r"kx\.Trajectory\.open"):
+            kx.Trajectory.required(value)
+
+
+def test_inference_mode_is_refused(trained) -> None:
+    with torch.inference_mode():
+        assert "inference_mode" in refused(kx.ModelError, trained)
+
+
+@pytest.mark.parametrize("rule", ["gauss", "gauss-0", "gauss-100000"])
+def test_rules_that_do_not_exist(trained, rule: Any) -> None:
+    assert "gauss-2" in refused(kx.ArgumentError, trained, rule=rule)
+
+
+def test_target_functions_that_fail(trained) -> None:
+    assert "ZeroDivisionError" in refused(kx.TargetError, trained, target=lambda f: f[:, 0] * (1 // 0))
+    assert "not finite" in refused(kx.TargetError, trained, target=lambda f: f[:, 0] * float("nan"))
+
+
+def test_a_bill_that_does_not_add_up_is_said_to(trained, monkeypatch) -> None:
+    """No such bill is known: here its pieces are tampered with."""
+    problem, trajectory = trained
+    credit = kx.attribution.ledger.Ledger.credit
+    monkeypatch.setattr(
+        kx.attribution.ledger.Ledger,
+        "credit",
+        lambda self, segment, rows, indices, found, *rest: credit(self, segment, rows, indices, found * 1.01, *rest),
+    )
+    with pytest.warns(kx.IncompleteWarning, match="does not add up"):
+        kx.explain(trajectory, problem.model, problem.data, problem.queries)

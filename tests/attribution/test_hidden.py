@@ -103,3 +103,21 @@ def test_checkpointing(data: TensorDataset, tmp_path: Path) -> None:
     explanation = kx.explain(trajectory, model, data, data.tensors[0][:3], "all")
     assert_complete(explanation)
     assert float(explanation.contributions.norm()) > 0
+
+
+def test_sparse_gradients(tmp_path: Path) -> None:
+    """An embedding whose gradient has only the rows that were looked up."""
+    data = TensorDataset(torch.randint(0, 10, (24, 4)), torch.randint(0, 3, (24,)))
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 4, sparse=sparse), nn.Flatten(), nn.Linear(16, 3)).double()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+        out = tmp_path / str(sparse)
+        trajectory = kx.train(model, data, optimizer=sgd, epochs=3, batch_size=6, out=out, progress=False)
+        found.append(kx.explain(trajectory, model, data, data.tensors[0][:3], "all"))
+        assert_complete(found[-1])
+    torch.testing.assert_close(found[0].contributions, found[1].contributions)
+    momentum = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(kx.TrainingError, match="sparse"):
+        kx.train(model, data, optimizer=momentum, epochs=1, out=tmp_path / "momentum", progress=False)

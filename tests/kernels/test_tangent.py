@@ -120,3 +120,10 @@ def test_refuses_what_makes_no_sense() -> None:
         kx.tangent_kernel(nn.Linear(6, 2), x, outputs=2)
     with pytest.raises(kx.ArgumentError):
         kx.tangent_kernel(nn.Linear(6, 2), x, outputs=True)
+
+
+def test_inputs_that_are_wrong() -> None:
+    model = torch.nn.Linear(5, 3)
+    for inputs in (torch.zeros(4, 2), torch.full((4, 5), float("nan"))):
+        with pytest.raises(kx.DatasetError):
+            kx.tangent_kernel(model, inputs)

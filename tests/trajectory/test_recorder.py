@@ -652,3 +652,46 @@ class TestInterrupted:
         trajectory = Trajectory.open(tmp_path)
         trajectory.check_files()
         assert len(list((tmp_path / "states").iterdir())) == len(trajectory.states)
+
+
+def parameters_added(model, optimizer):
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def frozen_with_a_gradient(model, optimizer):
+    model[0].requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [(parameters_added, "all parameters before"), (frozen_with_a_gradient, "set_to_none=True")]
+)
+def test_steps_that_replay_could_not_repeat(tmp_path, change, words):
+    """Refused before the optimiser moves anything; what was recorded stays good."""
+    data = examples()
+    inputs, targets = data.tensors
+    model = nn.Sequential(nn.Linear(inputs.shape[1], 4), nn.Tanh(), nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before = []
+
+    def loop():
+        with record(model, optimizer, "cross_entropy", data, out=tmp_path) as recorder:
+            for step in range(4):
+                if step == 2:
+                    change(model, optimizer)
+                optimizer.zero_grad(set_to_none=False)
+                nn.functional.cross_entropy(model(inputs), targets).backward()
+                before[:] = [p.detach().clone() for p in model.parameters()]
+                optimizer.step()
+                recorder.step(range(len(targets)))
+
+    with pytest.raises(TrainingError, match=words):
+        loop()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert len(Trajectory.open(tmp_path)) == 2
+
+
+def test_a_rate_with_fewer_digits_than_the_parameters(tmp_path):
+    model = nn.Linear(3, 3).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.01))
+    with pytest.raises(ArgumentError, match="float32 tensor"):
+        record(model, optimizer, "cross_entropy", examples(), out=tmp_path)
