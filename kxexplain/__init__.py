@@ -31,6 +31,8 @@ from kxexplain.errors import (
 )
 from kxexplain.kernels import path_kernel, tangent_kernel
 from kxexplain.learning.comparison import Comparison
+from kxexplain.learning.scheduler import GradientSchedule
+from kxexplain.learning.schedules import Schedule
 from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import train
 from kxexplain.search import GradientIndex, Neighbors
@@ -40,6 +42,8 @@ __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - grouped by what they are for
     # record
     "train", "record", "import_checkpoints", "Recorder", "Trajectory",
+    # the learning rate
+    "Schedule", "GradientSchedule",
     # explain
     "explain", "Explanation", "Ranking", "Timeline",
     # kernels
