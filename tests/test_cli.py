@@ -293,7 +293,7 @@ def test_explain_in_json_adds_up(run: Path, target: str) -> None:
     found = read("explain", run, "--queries", "0-2", "--target", target, "-k", "3")
     assert [q["query"] for q in found["queries"]] == [0, 1, 2]
     for one in found["queries"]:
-        names = ("baseline", "contributions", "regularizer", "buffers", "unattributed", "remainder")
+        names = ("baseline", "contributions", "regularizer", "penalty", "buffers", "unattributed", "remainder")
         assert sum(one[name] for name in names) == pytest.approx(one["prediction"], abs=1e-5)
         assert len(one["proponents"]) <= 3
         assert all(entry["contribution"] > 0 for entry in one["proponents"])
