@@ -161,7 +161,19 @@ HINDSIGHT: dict[str, Callable[[Rates], Rates]] = {
 """Formulas of all norms of an earlier run, for the radius 1."""
 
 
-def hindsight(formula: str, norms: Sequence[float], floor: float = FLOOR) -> Rates:
+def smoothed(norms: Rates, part: float) -> Rates:
+    """The median over a window of this part of the run around every step; ends are repeated.
+
+    >>> smoothed(np.array([1.0, 9.0, 2.0, 3.0]), 0.75)
+    array([1., 2., 3., 3.])
+    """
+    half = int(part * len(norms)) // 2
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(norms, half, mode="edge"), 2 * half + 1)
+    found: Rates = np.median(windows, axis=1)
+    return found
+
+
+def hindsight(formula: str, norms: Sequence[float], floor: float = FLOOR, smooth: float = 0.0) -> Rates:
     """The rates of all steps by a formula in hindsight, for the radius 1; zero gradients count as at the floor.
 
     Raises:
@@ -174,7 +186,7 @@ def hindsight(formula: str, norms: Sequence[float], floor: float = FLOOR) -> Rat
             f"got {values.size} norms up to {largest:g}; expected one finite number >= 0 a step, not all of them zero: "
             "give the norms of a recorded run"
         )
-    rates: Rates = HINDSIGHT[formula](np.maximum(values / largest, floor)) / largest
+    rates: Rates = HINDSIGHT[formula](smoothed(np.maximum(values / largest, floor), smooth)) / largest
     return rates
 
 

@@ -170,7 +170,7 @@ class GradientSchedule(LRScheduler):
             if not isinstance(asked.earlier, Trajectory):
                 raise ArgumentError("norms alone do not tell the radius; give radius=, or the earlier trajectory")
             self._radius = distance_travelled(asked.earlier)
-        unit = formulas.hindsight(asked.name, norms, asked.floor)
+        unit = formulas.hindsight(asked.name, norms, asked.floor, asked.smooth)
         self._fixed = [float(self._radius * rate) for rate in unit]
 
     def _check(self, optimizer: Any, steps: Any) -> None:

@@ -23,10 +23,12 @@ class Schedule:
     Attributes:
         name: one of :data:`NAMES`; the formulas stand in :mod:`kxexplain.learning.rates`.
         radius: R, the distance from the initial parameters to the optimum (for ``"adagrad"``: of the coordinate that is
-            farthest). ``None`` estimates it by the largest distance travelled so far, or in hindsight by the earlier
-            run's.
+            farthest). ``None`` estimates it by the largest distance travelled so far (for ``"adagrad"``: by the root
+            mean square over the coordinates), or in hindsight by the earlier run's.
         earlier: for the schedules in hindsight, the recorded run whose gradient norms are used, or those norms.
         floor: where norms are inverted, one counts as at least this part of the largest.
+        smooth: an earlier run's norms are replaced by their median over this part of the run, which takes the noise of
+            batches out of them (Defazio et al. 2023 use 0.1); 0 takes them as they are.
 
     Raises:
         ArgumentError: no such schedule, a radius or floor that is no positive number, or norms of an earlier run
@@ -40,6 +42,7 @@ class Schedule:
     radius: float | None = None
     earlier: Trajectory | Sequence[float] | None = field(default=None, repr=False)
     floor: float = FLOOR
+    smooth: float = 0.0
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -49,6 +52,8 @@ class Schedule:
                 raise ArgumentError(f"{what} must be a positive number, got {value!r}")
         if not LEAST_FLOOR <= self.floor <= 1:
             raise ArgumentError(f"floor is a part of the largest norm, from {LEAST_FLOOR:g} to 1, got {self.floor!r}")
+        if isinstance(self.smooth, bool) or not isinstance(self.smooth, int | float) or not 0 <= self.smooth <= 1:
+            raise ArgumentError(f"smooth is a part of the run, from 0 to 1, got {self.smooth!r}")
         if self.name in HINDSIGHT and self.earlier is None:
             raise ArgumentError(
                 f"{self.name} is made of the gradient norms of an earlier run; give earlier=, a recorded trajectory"
@@ -80,6 +85,7 @@ class Schedule:
         if self.name in HORIZON:
             noted["steps"] = steps
         if self.earlier is not None:
+            noted["smooth"] = self.smooth
             noted["earlier"] = hashlib.sha256(np.asarray(self.norms).tobytes()).hexdigest()
         return noted
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def network(draw: torch.Generator) -> tuple[nn.Module, Tensor]:
     widths = [pick(1, 12) for _ in range(pick(2, 6))]
     activation = ACTIVATIONS[pick(0, len(ACTIVATIONS) - 1)]
     modules: list[nn.Module] = []
-    for a, b in zip(widths[:-1], widths[1:], strict=True):
+    for a, b in pairwise(widths):
         layer = nn.Linear(a, b, bias=pick(0, 3) > 0, dtype=torch.float64)
         with torch.no_grad():
             for p in layer.parameters():
