@@ -38,6 +38,9 @@ from kxexplain.trajectory import LossFunction, Trajectory, call, fetch, resolve
 from kxexplain.trajectory.forward import private_copy
 from kxexplain.trajectory.observe import gradient_norm
 
+CLOSE, NOTHING = 1e-6, 1e-14
+"""A minimum is found to this part of it, or is zero."""
+
 MEAN, WEIGHTED, LAST = "mean gap", "weighted mean gap", "last gap"
 """What a guarantee is about: the plain and the η-weighted mean over all steps, and the last step's."""
 
@@ -240,8 +243,9 @@ def minimize(
 ) -> tuple[nn.Module, float]:
     """A minimiser of the mean loss over all examples, as a copy of ``model`` in float64, and the minimum.
 
-    L-BFGS with a strong-Wolfe line search, for smooth convex problems; ``TrainingError`` if the gradient's norm is not
-    below 1e-6 after so many iterations: no finite minimiser (separable classes), a kink, or not convex.
+    L-BFGS with a strong-Wolfe line search, for smooth convex problems; ``TrainingError`` if after so many iterations
+    the gradient's norm times the distance from the start, which bounds the gap, is not below 1e-6 of the loss: no
+    finite minimiser (separable classes), a kink, or not convex.
 
     >>> data = torch.utils.data.TensorDataset(torch.tensor([[1.0], [1.0]]), torch.tensor([0.0, 4.0]))
     >>> found, value = minimize(nn.Linear(1, 1, bias=False), data, "mse")
@@ -253,6 +257,7 @@ def minimize(
     inputs = _doubled(inputs)
     function = resolve(loss)[1]
     parameters = [p for p in best.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=steps, max_eval=2 * steps, history_size=30,
         tolerance_grad=1e-10, tolerance_change=0.0, line_search_fn="strong_wolfe",
@@ -267,9 +272,11 @@ def minimize(
     optimizer.step(closure)
     value = closure().item()
     norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
-    if not norm < 1e-6:
+    moved = gradient_norm([p.detach() - s for p, s in zip(parameters, start, strict=True)])
+    if not (norm * moved <= CLOSE * value or value <= NOTHING):  # L(θ) − L(θ*) ≤ ‖∇L‖ ‖θ − θ*‖
         raise TrainingError(
-            f"no minimizer was found: the gradient's norm is {norm:.1e} after {steps} iterations; the loss must be "
+            f"no minimizer was found: at a loss of {value:.3g}, {moved:.3g} from the start, the gradient's norm is "
+            f"{norm:.1e} after up to {steps} iterations; the loss must be "
             "smooth and convex in the parameters, and have a minimizer (separable classes have none)"
         )
     best.zero_grad(set_to_none=True)

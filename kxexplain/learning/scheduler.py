@@ -62,7 +62,7 @@ class GradientSchedule(LRScheduler):
             raise ArgumentError("schedule is None, expected a name or a kx.Schedule")
         self.schedule = asked
         self._check(optimizer, steps)
-        self.steps = steps or 0
+        self.steps = steps if steps is not None and asked.name in (*HORIZON, *PLAIN) else 0
         self._parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         self._fixed: list[float] | None = None
         self._radius = asked.radius

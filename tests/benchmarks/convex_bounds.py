@@ -1,6 +1,7 @@
 """Measured gaps on convex problems against their bounds, and how close each schedule comes to the optimal bound.
 
-Logistic regression on breast-cancer (4 principal components) and digits (8, ten classes), absolute-value regression
+Logistic regression on breast-cancer and digits (eight principal components
+each, labels smoothed by a tenth so that a minimiser exists), absolute-value regression
 with a known solution: full gradients, float64, 20 initialisations each, T steps. R is the true distance to the
 minimiser (twice that for adagrad_norm, whose guarantee is for a bounded domain). Schedules in hindsight take the norms
 of the run of adagrad_norm from the same start. Reported: the largest ratio of a measured gap to its bound over the

@@ -1,13 +1,11 @@
-"""What each schedule comes to on digits and Fashion-MNIST, with its radius estimated; and flooding on noisy labels.
+"""What each schedule comes to on digits and Fashion-MNIST, with its radius estimated.
 
 Digits: all 1,437 training images, MLP 64-32-10 ReLU, batch 32, 10 epochs. Fashion-MNIST: the first 10,000 training and
 2,000 test images, MLP 784-64-10 ReLU, batch 64, 4 epochs. Five seeds (initialisation and order), mean ± standard
 deviation of final loss and accuracy. "sgd tuned" is the constant rate out of RATES with the least loss on a held-back
 fifth of the training images (one seed), "cosine tuned" decays from the same rate: these two alone were tuned. Adam has
 its default rate. The schedules have no number set by hand; those in hindsight take norms and radius from a recorded
-run of warmup_decay with the same seed ("smoothed": the median of these norms over a tenth of the run). Noise: a fifth
-of the digits' training labels replaced at random, MLP 64-128-10, 40 epochs of Adam, without and with flooding at three
-levels.
+run of warmup_decay with the same seed ("smoothed": the median of these norms over a tenth of the run).
 
     .venv/bin/python tests/benchmarks/schedules.py [--seeds 5] [--no-fashion]
 """
@@ -16,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from typing import Any
 
 import torch
@@ -28,7 +25,6 @@ from kxexplain.learning.rates import CAUSAL, COORDINATES, HINDSIGHT
 from tests.benchmarks.environment import write_result
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-LEVELS = (0.1, 0.3, 0.5)
 
 
 def network(inputs: int, hidden: int, seed: int) -> nn.Module:
@@ -115,36 +111,18 @@ def compare(task: Task, seeds: int) -> dict[str, Any]:
     return {"tuned_rate": rate, "results": {name: summary(found) for name, found in rows.items()}}
 
 
-def flooding(task: Task, seeds: int, epochs: int) -> dict[str, Any]:
-    """Final scores with a fifth of the training labels replaced; the training scores are against the noisy labels."""
-    rows: dict[str, list[tuple[float, ...]]] = {str(level): [] for level in (None, *LEVELS)}
-    for seed in range(seeds):
-        draw = torch.Generator().manual_seed(seed)
-        x, y = task.train.tensors
-        wrong = torch.rand(len(y), generator=draw) < 0.2
-        noisy = TensorDataset(x, torch.where(wrong, torch.randint(0, 10, (len(y),), generator=draw), y))
-        for level in (None, *LEVELS):
-            one = Task(noisy, task.test, 128, task.batch, epochs)
-            model = one.run(seed, make=lambda p: torch.optim.Adam(p, lr=3e-3), objective=kx.Objective(flooding=level))
-            rows[str(level)].append((*scores(model, noisy), *scores(model, task.test)))
-    return {name: summary(found) for name, found in rows.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--no-fashion", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    began = time.perf_counter()
     split = kx.datasets.digits()
     digits = Task(split.train, split.test, 32, 32, 10)
     numbers: dict[str, Any] = {"seeds": options.seeds, "digits": compare(digits, options.seeds)}
     if not options.no_fashion:
         clothes = kx.datasets.fashion_mnist(n_train=10_000, n_test=2_000, flat=True)
         numbers["fashion_mnist"] = compare(Task(clothes.train, clothes.test, 64, 64, 4), options.seeds)
-    numbers["noisy_digits_by_flooding_level"] = flooding(digits, options.seeds, 40)
-    numbers["seconds"] = round(time.perf_counter() - began, 1)
     write_result("schedules", numbers)
 
 

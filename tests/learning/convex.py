@@ -44,8 +44,8 @@ PROBLEMS = ("breast cancer", "digits", "absolute values")
 def problem(name: str, n: int | None = None) -> Problem:
     """A problem on the first ``n`` examples.
 
-    The classes of both data sets are separable as they are, so that no optimum exists: they are given by their first
-    principal components, in which they overlap.
+    The classes of both data sets are separable as they are, so that no optimum exists: a tenth of every label is spread
+    over all classes, and examples are given by their first principal components.
     """
     if name == "absolute values":
         draw = torch.Generator().manual_seed(0)
@@ -56,11 +56,12 @@ def problem(name: str, n: int | None = None) -> Problem:
             best.bias.fill_(0.5)
             y = best(x)[:, 0]
         return Problem(TensorDataset(x, y), absolute, best, 0.0)
-    raw, size = (load_breast_cancer(), 4) if name == "breast cancer" else (load_digits(), 8)
+    raw, size = (load_breast_cancer(), 8) if name == "breast cancer" else (load_digits(), 8)
     scaled = (raw.data - raw.data.mean(0)) / (raw.data.std(0) + 1e-9)
     x = torch.from_numpy(PCA(size, whiten=True, random_state=0).fit_transform(scaled))[:n]
-    data = TensorDataset(x, torch.from_numpy(raw.target).long()[:n])
-    found, minimum = kx.minimize(nn.Linear(size, int(raw.target.max()) + 1), data, "cross_entropy")
+    labels = torch.nn.functional.one_hot(torch.from_numpy(raw.target).long()[:n]).double()
+    data = TensorDataset(x, 0.9 * labels + 0.1 / labels.shape[1])
+    found, minimum = kx.minimize(nn.Linear(size, labels.shape[1]), data, "cross_entropy")
     assert isinstance(found, nn.Linear)
     return Problem(data, "cross_entropy", found, minimum)
 

@@ -188,7 +188,8 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         kx.bounds(trajectory, distance=0.0)
 
 
-def test_separable_classes_have_no_minimizer() -> None:
+@pytest.mark.parametrize("steps", [5, 2000])
+def test_separable_classes_have_no_minimizer(steps: int) -> None:
     data = TensorDataset(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]))
     with pytest.raises(kx.TrainingError, match="separable"):
-        kx.minimize(nn.Linear(1, 2), data, steps=5)
+        kx.minimize(nn.Linear(1, 2), data, steps=steps)
