@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kxexplain.learning.bounds import LAST, Bounds, last_bound, weighted_mean_bound
-from kxexplain.plots.style import DOWN, FAINT, INK, OTHER, SOFT, UP, heading, new_figure, tidy, title
+from kxexplain.plots.style import DOWN, FAINT, INK, OTHER, SOFT, UP, heading, logarithmic, new_figure, tidy, title
 
 HORIZONS = 60
 """At so many steps at most the bounds are evaluated anew."""
@@ -45,8 +45,8 @@ def _draw_course(axes: Axes, bounds: Bounds) -> None:
     ):
         values = [bound(rates[:t], norms[:t], bounds.distance) for t in at]
         axes.plot(at, values, "--", color=colour, linewidth=1.2, label=label)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    logarithmic(axes, "x")
+    logarithmic(axes, "y")
     axes.set_xlabel("step", fontsize=8.5, color=SOFT)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     title(axes, "If training had ended at this step" if bounds.full else "If it had ended at this step (batch losses)")
@@ -68,7 +68,7 @@ def _draw_guarantees(axes: Axes, bounds: Bounds) -> None:
         "continuous optimum\nof the last gap's bound", (bounds.optimum, 0.02), (4, 0),
         xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=7.5, color=OTHER,
     )  # fmt: skip
-    axes.set_xscale("log")
+    logarithmic(axes, "x")
     axes.set_yticks(rows, names)
     axes.set_ylim(-1.1, len(names) - 0.4)
     title(axes, "At the end: measured (dot), bound (bar)")

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kxexplain.plots.style import DOWN, FAINT, INK, OTHER, SOFT, UP, heading, new_figure, tidy, title
+from kxexplain.plots.style import DOWN, FAINT, INK, OTHER, SOFT, UP, heading, logarithmic, new_figure, tidy, title
 from kxexplain.trajectory import Trajectory
 
 SMOOTH = 0.05
@@ -44,7 +44,7 @@ def _draw(axes: Axes, name: str, values: np.ndarray, colour: str) -> None:
     if width > 1:
         axes.plot(steps[width - 1 :] - width // 2, _median(values, width), color=colour, linewidth=1.8)
     if (values > 0).any():
-        axes.set_yscale("log")
+        logarithmic(axes, "y")
     axes.set_xlabel("step", fontsize=8.5, color=SOFT)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     title(axes, name)
