@@ -1,12 +1,12 @@
 """Time of ``kx.fit`` (the trainer without recording) against a bare PyTorch loop with the same optimiser.
 
-One epoch (15 to 40 steps) of each in turn, on the same data, model and order of batches; the ratio of every pair of
+One epoch (50 to 200 steps) of each in turn, on the same data, model and order of batches; the ratio of every pair of
 neighbouring epochs, and the median of these. The bare loop indexes the tensors, and looks at the loss once a step, as a
 loop with a progress bar does; "blind" is the same without that. Processor time of the one thread, so that other load on
 the machine counts little. kx.fit's checks before the first step (a fingerprint of the data, a trial step) are outside
 the timed part: they are made once a run. Each task is also timed with a schedule by gradient norms.
 
-    .venv/bin/python tests/benchmarks/trainer_throughput.py [--pairs 25]
+    .venv/bin/python tests/benchmarks/trainer_throughput.py [--pairs 9]
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ def compare(make: Callable[[], nn.Module], examples: TensorDataset, batch: int, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=25)
+    parser.add_argument("--pairs", type=int, default=9)
     pairs = parser.parse_args().pairs
     torch.set_num_threads(1)
     tasks = {
-        "MLP 784-128-64-10, batch 64": (mlp, data(1920), 64),
-        "small CNN, batch 64": (cnn, data(960), 64),
-        "linear 784-10, batch 32": (lambda: nn.Linear(784, 10), data(1280), 32),
+        "MLP 784-128-64-10, batch 64": (mlp, data(6400), 64),
+        "small CNN, batch 64": (cnn, data(3200), 64),
+        "linear 784-10, batch 32": (lambda: nn.Linear(784, 10), data(6400), 32),
     }
     numbers = {name: compare(*task, pairs) for name, task in tasks.items()}
     write_result("trainer_throughput", {"limit": LIMIT, "pairs": pairs, **numbers})
