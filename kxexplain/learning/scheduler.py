@@ -44,7 +44,7 @@ class GradientSchedule(LRScheduler):
         TrainingError: (from ``optimizer.step()``) a gradient norm that is not finite, or a step after the last; the
             parameters are left as they are.
 
-    >>> parameter = torch.nn.Parameter(torch.tensor([3.0]))
+    >>> parameter = torch.nn.Parameter(torch.tensor([2.0]))
     >>> optimizer = torch.optim.SGD([parameter], lr=1.0)
     >>> schedule = GradientSchedule(optimizer, Schedule("adagrad_norm", radius=3.0))
     >>> for _ in range(50):

@@ -83,7 +83,9 @@ def test_down_then_up_is_one_step_on_the_squared_gradient() -> None:
     assert errors[-1] < 0.02 * SIZES[-1] ** 2 / 2 * float(direction.norm())
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.8])
+@pytest.mark.parametrize(
+    "ratio", [pytest.param(0.25, marks=pytest.mark.slow), 0.5, pytest.param(0.8, marks=pytest.mark.slow)]
+)
 def test_alternating_is_one_step_on_the_penalised_loss(ratio: float) -> None:
     errors = []
     for down in SIZES:
@@ -142,7 +144,7 @@ def test_flooded_is_the_loss_s_mirror_image() -> None:
     value = kx.flooded(loss, 0.3)
     torch.testing.assert_close(value, (loss - 0.3).abs() + 0.3)
     value.sum().backward()
-    signs = [kx.Objective(flooding=0.3).direction(0, float(v))[0] for v in loss]
+    signs = [kx.Objective(flooding=0.3).direction(0, v)[0] for v in loss.tolist()]
     assert loss.grad.tolist() == signs == [1, -1, 1]
 
 
@@ -150,7 +152,7 @@ def test_flooded_is_the_loss_s_mirror_image() -> None:
 
 
 WHOLE = [(name, optimizer) for name in OBJECTIVES for optimizer in OPTIMIZERS]
-QUICK = [*((name, "SGD") for name in OBJECTIVES), ("all", "momentum"), ("all", "Adam")]
+QUICK = [*((name, "SGD") for name in OBJECTIVES), ("all", "Adam")]
 
 
 @pytest.mark.parametrize(

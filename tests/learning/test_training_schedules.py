@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,13 @@ def described(name: str, radius: float | None = 0.5) -> kx.Schedule:
     return kx.Schedule(name, None if name in PLAIN else radius, norms if name in HINDSIGHT else None)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def each(names: Iterable[str], *quick: str) -> Any:
+    """A parametrisation by name, of which every run takes the quick ones."""
+    marked = [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+@each(NAMES, "last_iterate", "warmup_decay", "adagrad", "refined")
 def test_the_bill_is_exact_under_every_schedule(name: str, tmp_path: Path) -> None:
     model, data = network(), examples()
     radius = None if name in ("warmup_decay", "adagrad") else 0.5
@@ -42,7 +49,7 @@ def test_the_bill_is_exact_under_every_schedule(name: str, tmp_path: Path) -> No
     assert float(found.unattributed.norm()) < 1e-10 * float((found.prediction - found.baseline).norm())
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, "adagrad", "refined", "cosine"])
+@each([*CAUSAL, "adagrad", "refined", "cosine"], "last_iterate", "warmup_decay", "refined")
 def test_interrupted_then_resumed_is_uninterrupted(name: str, tmp_path: Path) -> None:
     schedule = described(name, 0.5 if name in HINDSIGHT else None)
     whole = kx.train(network(), examples(), schedule=schedule, out=tmp_path / "whole", **SETTINGS)
