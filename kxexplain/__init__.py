@@ -14,6 +14,8 @@ plus a sum over the training examples. Record training, and read the sum off:
 True
 """
 
+from typing import Any
+
 from kxexplain import datasets
 from kxexplain.attribution import Explanation, Ranking, Timeline, explain
 from kxexplain.errors import (
@@ -31,16 +33,26 @@ from kxexplain.errors import (
     UnattributedWarning,
 )
 from kxexplain.kernels import path_kernel, tangent_kernel
+from kxexplain.learning.bounds import Bounds, bounds, minimize
 from kxexplain.learning.comparison import Comparison
+from kxexplain.learning.diagnostics import GradientInequality, gradient_inequality, gradient_inequality_along
+from kxexplain.learning.objectives import flooded, input_penalty, parameter_penalty
+from kxexplain.learning.scheduler import GradientSchedule
+from kxexplain.learning.schedules import Schedule
 from kxexplain.learning.svm import compare_svm
-from kxexplain.learning.trainer import train
+from kxexplain.learning.trainer import fit, train
 from kxexplain.search import GradientIndex, Neighbors
-from kxexplain.trajectory import Recorder, Trajectory, import_checkpoints, record
+from kxexplain.trajectory import Objective, Recorder, Trajectory, import_checkpoints, record
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - grouped by what they are for
     # record
-    "train", "record", "import_checkpoints", "Recorder", "Trajectory",
+    "train", "fit", "record", "import_checkpoints", "Recorder", "Trajectory",
+    # how to learn: the rate, and what is minimised
+    "Schedule", "GradientSchedule", "Objective", "flooded", "input_penalty", "parameter_penalty",
+    # what theory says of a run, and how it went
+    "bounds", "Bounds", "minimize", "plot_bounds", "plot_training",
+    "gradient_inequality", "gradient_inequality_along", "GradientInequality",
     # explain
     "explain", "Explanation", "Ranking", "Timeline",
     # kernels
@@ -53,3 +65,12 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "KxError", "ArgumentError", "DatasetError", "IndexFileError", "MissingExtraError", "ModelError", "ReplayError",
     "TargetError", "TrainingError", "TrajectoryError", "UnattributedWarning", "IncompleteWarning",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """The pictures, which take matplotlib, are loaded when they are asked for."""
+    if name in ("plot_bounds", "plot_training"):
+        from kxexplain import plots
+
+        return getattr(plots, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

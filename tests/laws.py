@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kxexplain import Explanation
 
-LINES = ("regularizer", "buffers", "unattributed")
+LINES = ("regularizer", "penalty", "buffers", "unattributed")
 COMPLETE = {torch.float64: 1e-11, torch.float32: 1e-5}
 """Law 1: how far a bill may miss the prediction, relative to what training changed."""
 

@@ -293,7 +293,7 @@ def test_explain_in_json_adds_up(run: Path, target: str) -> None:
     found = read("explain", run, "--queries", "0-2", "--target", target, "-k", "3")
     assert [q["query"] for q in found["queries"]] == [0, 1, 2]
     for one in found["queries"]:
-        names = ("baseline", "contributions", "regularizer", "buffers", "unattributed", "remainder")
+        names = ("baseline", "contributions", "regularizer", "penalty", "buffers", "unattributed", "remainder")
         assert sum(one[name] for name in names) == pytest.approx(one["prediction"], abs=1e-5)
         assert len(one["proponents"]) <= 3
         assert all(entry["contribution"] > 0 for entry in one["proponents"])
@@ -435,3 +435,20 @@ def test_demo_tells_and_writes(tmp_path: Path) -> None:
     Path("other").mkdir()
     Path("other/file").touch()
     assert "no demo's" in fails(1, "demo", "--out", "other")
+
+
+def test_schedules_and_objectives(tmp_path: Path) -> None:
+    small = ("--data", "toy", "--model", "mlp-6", "--epochs", "2")
+    facts = read("train", *small, "--schedule", "warmup_decay", "--flooding", "0.4", "--out", "run")
+    trajectory = Trajectory.open(tmp_path / "run")
+    assert trajectory.manifest.settings["schedule"]["name"] == "warmup_decay"
+    assert trajectory.manifest.settings["objective"] == {"flooding": 0.4}
+    assert len({step.rates for step in trajectory.steps}) == facts["steps"]
+    assert {step.sign for step in trajectory.steps} == {1 if step.loss >= 0.4 else -1 for step in trajectory.steps}
+    ok("train", *small, "--schedule", "refined", "--earlier", "run", "--out", "later")
+    ok("train", *small, "--schedule", "adagrad", "--radius", "0.1", "--parameter-penalty", "0.01", "--out", "each")
+    assert Trajectory.open(tmp_path / "each").manifest.optimizer.name == "Adagrad"
+    assert "belong to a --schedule" in fails(1, "train", *small, "--radius", "1", "--out", "new")
+    assert "unknown schedule" in fails(1, "train", *small, "--schedule", "fast", "--out", "new")
+    assert "give one of them" in fails(1, "train", *small, "--flooding", "1", "--ascent", "0.5", "--out", "new")
+    assert not (tmp_path / "new").exists()

@@ -27,10 +27,9 @@ from torch import Tensor
 from kxexplain.attribution.ledger import Ledger, against
 from kxexplain.attribution.queries import QuerySide
 from kxexplain.attribution.rounding import cancelled, without
-from kxexplain.attribution.walk import Segment, bounds, is_steady, pull_of, share_of, watched
+from kxexplain.attribution.walk import Segment, bounds, pull_of, share_of, watch_of, watched
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Factors, scale, size, wide
-from kxexplain.gradients.ordinary import StepGradients
 from kxexplain.gradients.pile import Pile
 from kxexplain.gradients.products import against_dense
 from kxexplain.shapes import Tensors
@@ -58,12 +57,14 @@ class _Step:
     decaying: Tensors
     strays: Tensors
     """Gradients that are no example's: what clamping by value did, and rounding."""
+    penalty: Tensors
+    """Gradients of a penalty on the gradient."""
 
     @property
     def bytes(self) -> int:
         """What it takes to keep."""
         held = [v for r in self.recursions.values() for v in (r.direct, r.intake, r.applied) if isinstance(v, Tensor)]
-        held += [*self.decaying.values(), *self.strays.values()]
+        held += [*self.decaying.values(), *self.strays.values(), *self.penalty.values()]
         return size([*self.factors, *(self.jacobian or [])]) + sum(t.numel() * t.element_size() for t in held)
 
 
@@ -202,21 +203,23 @@ class BackwardWalk:
         """Redo one step; ``alone`` and ``moments`` (parameters and moments) go on as the recursions say."""
         record, own = self.trajectory.steps[replayer.position], self._own(replayer)
         held = {name: dict(replayer.optimizer.state.get(p, {})) for name, p in own.items()}
-        watch = StepGradients(
-            self.layout, dict(own), len(record.indices), self.jacobian, steady=is_steady(self.trajectory)
-        )  # fmt: skip
-        found = replayer.advance(watch).gradients
+        watch = watch_of(replayer, self.layout, dict(own), jacobian=self.jacobian)
+        replayed = replayer.advance(watch)
+        found = replayed.gradients
         taken, sign = watch.accounted(found), record.sign * record.clip
+        penalty = {name: sign * extra for name, extra in replayed.penalty.items()}
         recursions, decaying, strays = dict.fromkeys(own, STILL), {}, {}
         for group, rate in zip(self.trajectory.manifest.optimizer.groups, record.rates, strict=True):
             for name in set(group.names) & taken.keys():
                 new = replayer.optimizer.state.get(own[name], {})
                 recursions[name] = recursion = self.itemised.rule(group.options, rate, held[name], new)
-                given = sign * taken[name]
+                given = sign * taken[name] + penalty.get(name, 0.0)
                 used = self.clipping.clamped(given)
                 if used is not given and not torch.equal(used, given):
                     strays[name] = recursion.sign * (used - given)
                 gradient = recursion.sign * used
+                if name in penalty:
+                    penalty[name] = recursion.sign * penalty[name]
                 if recursion.l2 or recursion.shrink:
                     decaying[name] = alone[name].clone()
                     gradient += recursion.l2 * alone[name]
@@ -235,7 +238,7 @@ class BackwardWalk:
         return _Step(
             torch.as_tensor(record.indices), self._moved("updates", without(watch.factors, masks), rows),
             pull_of(watch.pull / -share), None if jacobian is None else self._moved("jacobian", jacobian, rows),
-            sign, recursions, decaying, strays,
+            sign, recursions, decaying, strays, penalty,
         )  # fmt: skip
 
     def _moved(self, kind: str, factors: Factors, rows: int) -> Factors:
@@ -332,6 +335,8 @@ class _Costate:
             self.ledger.enter("regularizer", segment, self.rows, -self._worth_of(step.decaying, straight))
         if step.strays:
             self.ledger.enter("unattributed", segment, self.rows, -self._worth_of(step.strays, gradient))
+        if step.penalty:
+            self.ledger.enter("penalty", segment, self.rows, -self._worth_of(step.penalty, gradient))
         if step.factors:
             signed = {n: _sum((-step.factor * by.sign, gradient[n])) for n, by in step.recursions.items()}
             found = self._against(step.factors, signed)[:, 0]

@@ -116,7 +116,7 @@ class ChordWalk:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             around = watch.forward(inputs)
             result = forward(self.model, inputs, targets, loss=self.loss, reduction="sum", around=around)
-            edges = watch.edges(*result)
+            edges = watch.edges(result.outputs, result.losses, result.total)
             found, at_edges = gradients(result.total, list(self.parameters.values()), edges)
         watch.collect(at_edges)
         movement.add(parts, {n: g for n, g in zip(self.parameters, found, strict=True) if g is not None}, {})

@@ -1,4 +1,4 @@
-r"""The exact bill: prediction = baseline + Σ contributions + regulariser + buffers + unattributed + remainder.
+r"""The exact bill: prediction = baseline + Σ contributions + regulariser + penalty + buffers + unattributed + rest.
 
 With Δ_s = Σ_{j,i} (update of example i in step j) over a segment s, and D_s(x) the discrete gradient across it,
 f_T(x) − f_0(x) = Σ_s ⟨D_s(x), Δ_s⟩ exactly, so C_i(x) = Σ_s ⟨D_s(x), Σ_j update_{j,i}⟩ adds up whatever the segments'

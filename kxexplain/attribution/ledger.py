@@ -19,7 +19,7 @@ from kxexplain.trajectory import Trajectory
 
 TIMELINE_BINS = 24
 TOP_ON_TIMELINE = 8
-LINES = ("contributions", "regularizer", "buffers", "unattributed")
+LINES = ("contributions", "regularizer", "penalty", "buffers", "unattributed")
 
 
 class Ledger:
@@ -91,7 +91,7 @@ class Ledger:
         self.lines[line][segment.number, rows] += values.to(self.sums.dtype)
 
     def close(self, segment: Segment, movement: Movement) -> None:
-        """Add the lines that are no example's: regulariser, buffers, and what is left of the movement."""
+        """Add the lines that are no example's: regulariser, penalty, buffers, and what is left of the movement."""
         names = self.side.names
         delta = {name: segment.end[name] - segment.start[name] for name in names}
         buffers = {name: delta[name] for name in names if name in self.side.buffers}
@@ -99,10 +99,10 @@ class Ledger:
         for name in names:
             if name not in buffers:
                 left[name] = delta[name].clone()
-                for known in (movement.gradient, movement.decay):
+                for known in (movement.gradient, movement.decay, movement.penalty):
                     if name in known:
                         left[name] -= known[name]
-        parts = {"regularizer": movement.decay, "buffers": buffers, "unattributed": left}
+        parts = {"regularizer": movement.decay, "penalty": movement.penalty, "buffers": buffers, "unattributed": left}
         for rows in self.side.chunks():
             for weight, secant in self._secants(segment, rows):
                 for line, direction in parts.items():
@@ -126,6 +126,7 @@ class Ledger:
             baseline=narrow(side.baseline),
             prediction=narrow(side.prediction),
             regularizer=narrow(sums["regularizer"]),
+            penalty=narrow(sums["penalty"]),
             buffers=narrow(sums["buffers"]),
             unattributed=narrow(sums["unattributed"]),
             remainder=narrow(remainder),

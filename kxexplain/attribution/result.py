@@ -23,11 +23,11 @@ from torch import Tensor
 from kxexplain.errors import ArgumentError, MissingExtraError, TrajectoryError
 
 FORMAT = "kxexplain-explanation-1"
-LINES = ("baseline", "contributions", "regularizer", "buffers", "unattributed", "remainder", "prediction")
+LINES = ("baseline", "contributions", "regularizer", "penalty", "buffers", "unattributed", "remainder", "prediction")
 AXES = {
     "contributions": "qnc", **dict.fromkeys((n for n in LINES if n != "contributions"), "qc"), "path_kernel": "qncc",
     "output": "q", "timeline.steps": "S", "timeline.examples": "qk", "timeline.bins": "B", "timeline.shares": "bqkc",
-    **{f"totals.{name}": "sqc" for name in LINES[1:5]},
+    **{f"totals.{name}": "sqc" for name in LINES[1:6]},
 }  # fmt: skip
 """A file's tensors: query, example n, output c (if all are explained), segment s, bin b, and their borders S and B."""
 WHOLE_NUMBERS = ("output", "timeline.steps", "timeline.examples", "timeline.bins")
@@ -84,6 +84,7 @@ class Explanation:
         baseline: the initial model's value, [query].
         prediction: the trained model's value, [query].
         regularizer: what weight decay put in, [query].
+        penalty: what a penalty on the loss' gradient put in, [query].
         buffers: what running statistics put in, [query].
         unattributed: parameter movement that no itemised cause explains, [query].
         remainder: prediction less everything above: rounding, for a faithfully recorded run, [query].
@@ -100,6 +101,7 @@ class Explanation:
     baseline: Tensor
     prediction: Tensor
     regularizer: Tensor
+    penalty: Tensor
     buffers: Tensor
     unattributed: Tensor
     remainder: Tensor
@@ -193,8 +195,8 @@ class Explanation:
     def table(self, query: int = 0, k: int = 5) -> Table:
         """One query's bill as a table with a running total, from baseline to prediction.
 
-        A regularizer, buffers or unattributed amount below 1e-5 of the larger of |baseline| and |prediction| has no
-        line of its own: it is added to the remainder's. The attributes of these names hold each as it is.
+        A regularizer, penalty, buffers or unattributed amount below 1e-5 of the larger of |baseline| and |prediction|
+        has no line of its own: it is added to the remainder's. The attributes of these names hold each as it is.
 
         Raises:
             ArgumentError: there is no such query, or k is no whole number of at least 1.
@@ -223,7 +225,7 @@ class Explanation:
         lines += [(f"example {i}{self._label(i)}", v) for i, v in reversed(down)]
         rounding = float(one.remainder[query])
         visible = 1e-5 * max(abs(float(one.prediction[query])), abs(float(one.baseline[query])), 1e-30)
-        for name in ("regularizer", "buffers", "unattributed"):
+        for name in LINES[2:6]:
             amount = float(getattr(one, name)[query])
             if abs(amount) > visible:
                 lines.append((name, amount))
@@ -336,6 +338,10 @@ class Explanation:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise TrajectoryError(f"{path} is not a readable explanation: {error}") from error
+        if "contributions" in tensors and "regularizer" in tensors:  # files from before there were penalties
+            tensors.setdefault("penalty", torch.zeros_like(tensors["regularizer"]))
+        if "totals.regularizer" in tensors:
+            tensors.setdefault("totals.penalty", torch.zeros_like(tensors["totals.regularizer"]))
         facts = _facts(about)
         problem = "facts that are missing or no JSON object" if facts is None else _misfit(tensors)
         if about.get("format") != FORMAT:

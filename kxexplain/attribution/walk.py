@@ -72,14 +72,17 @@ class Movement:
     Attributes:
         gradient: by the examples' gradients.
         decay: by the regulariser.
+        penalty: by a penalty on the gradient.
     """
 
     gradient: Tensors = field(default_factory=dict)
     decay: Tensors = field(default_factory=dict)
+    penalty: Tensors = field(default_factory=dict)
 
-    def add(self, parts: Split, gradients: Tensors, before: Tensors) -> None:
+    def add(self, parts: Split, gradients: Tensors, before: Tensors, penalty: Tensors | None = None) -> None:
         """Account for one step."""
         _add(self.gradient, gradients, {name: parts.gradient[name] for name in gradients})
+        _add(self.penalty, penalty or {}, {name: parts.gradient[name] for name in penalty or {}})
         decaying = {name: parts.decay[name] for name in gradients if parts.decay[name] != 0}
         _add(self.decay, {name: before[name] for name in decaying}, decaying)
 
@@ -143,6 +146,18 @@ def share_of(trajectory: Trajectory, record: StepRecord) -> float:
 def is_steady(trajectory: Trajectory) -> bool:
     """Whether an example is served alike every time, and not augmented at random."""
     return not trajectory.manifest.dataset.random
+
+
+def watch_of(replayer: Replayer, layout: Layout, parameters: Tensors, *, jacobian: bool) -> StepGradients:
+    """Watches the examples' gradients in the replayer's next step.
+
+    What an input penalty adds to an example's loss passes through the layers' derivatives, which no contact describes.
+    """
+    rows = len(replayer.trajectory.steps[replayer.position].indices)
+    return StepGradients(
+        layout, parameters, rows, jacobian,
+        steady=is_steady(replayer.trajectory), whole=bool(replayer.objective.input_penalty),
+    )  # fmt: skip
 
 
 def pull_of(pull: Tensor) -> Tensor:
@@ -212,11 +227,9 @@ class Walk:
             record = self.trajectory.steps[step]
             decaying = any(parts.decay.values())
             before = self.replayer.copy_state() if decaying else {}
-            watch = StepGradients(
-                self.layout, self.parameters, len(record.indices), self.jacobian, steady=is_steady(self.trajectory)
-            )  # fmt: skip
+            watch = watch_of(self.replayer, self.layout, self.parameters, jacobian=self.jacobian)
             taken = self.replayer.advance(watch)
-            movement.add(parts, watch.accounted(taken.gradients), before)
+            movement.add(parts, watch.accounted(taken.gradients), before, taken.penalty)
             self._keep(watch, record, parts, segment, visitor)
         self.tick()
 

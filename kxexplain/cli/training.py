@@ -26,8 +26,11 @@ from kxexplain.cli.specs import (
 )
 from kxexplain.datasets import NAMES
 from kxexplain.errors import ArgumentError, TrainingError, TrajectoryError
+from kxexplain.learning.rates import COORDINATES, HINDSIGHT
+from kxexplain.learning.rates import NAMES as SCHEDULES
+from kxexplain.learning.schedules import Schedule
 from kxexplain.learning.trainer import MakeOptimizer, train
-from kxexplain.trajectory import LOSSES, Trajectory, call, fetch, outputs_2d
+from kxexplain.trajectory import LOSSES, Objective, Trajectory, call, fetch, outputs_2d
 from kxexplain.trajectory.store import MANIFEST, is_trajectory
 
 DATA = (
@@ -37,17 +40,39 @@ DATA = (
 MODEL = f"mlp-WIDTH-WIDTH…, or package.module:function giving an nn.Module. \\[default: {DEFAULT_MODEL}]"
 
 
+SCHEDULE = (
+    f"Sets the rate from the measured gradient: one of {', '.join(SCHEDULES)}; the last three "
+    "look at no gradient, but multiply --lr."
+)
+DEFAULT_OPTIMIZER = "sgd"
+
+
 def command(
     out: Annotated[Path, typer.Option("--out", help="A new or empty folder for the trajectory.", show_default=False)],
     data: Annotated[str | None, typer.Option(help=DATA)] = None,
     model: Annotated[str | None, typer.Option(help=MODEL)] = None,
     loss: Annotated[str, typer.Option(help=f"One of {', '.join(LOSSES)}.")] = "cross_entropy",
-    optimizer: Annotated[str, typer.Option(help="A class of torch.optim, in any case: sgd, adam, adamw …")] = "sgd",
+    optimizer: Annotated[
+        str, typer.Option(help="A class of torch.optim, in any case: sgd, adam, adamw …")
+    ] = DEFAULT_OPTIMIZER,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.1,
     momentum: Annotated[float, typer.Option(help="For optimisers that have it.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="For optimisers that have it.")] = 0.0,
     clip_norm: Annotated[float | None, typer.Option(help="Largest norm of a step's gradient.")] = None,
     clip_value: Annotated[float | None, typer.Option(help="Largest size of a gradient's element.")] = None,
+    schedule: Annotated[str | None, typer.Option(help=SCHEDULE)] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="How far the optimum is, for --schedule; estimated if left out.")
+    ] = None,
+    earlier: Annotated[
+        Path | None, typer.Option(help=f"A recorded run as long, for --schedule {' and '.join(HINDSIGHT)}.")
+    ] = None,
+    flooding: Annotated[float | None, typer.Option(help="Level of the loss below which steps ascend.")] = None,
+    ascent: Annotated[
+        float | None, typer.Option(help="Every second step ascends, this times as far: between 0 and 1.")
+    ] = None,
+    parameter_penalty: Annotated[float, typer.Option(help="Times the squared gradient by the parameters.")] = 0.0,
+    input_penalty: Annotated[float, typer.Option(help="Times the squared gradient by the inputs.")] = 0.0,
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 32,
     seed: Annotated[int, typer.Option(help="Of initialisation, order and dropout.")] = 0,
@@ -70,6 +95,7 @@ def command(
 
         kxexplain train --out runs/digits
         kxexplain train --data mnist5k --model mlp-128-64 --epochs 15 --batch-size 64 --out runs/mnist
+        kxexplain train --schedule warmup_decay --flooding 0.05 --out runs/flooded
         kxexplain train --model mine:model --data mine:data --optimizer adamw --lr 1e-3 --keep 200MB --out runs/mine
     """
     if resume and overwrite:
@@ -83,13 +109,17 @@ def command(
     specs = resolve(out, model, data) if known else Specs(model or DEFAULT_MODEL, data or DEFAULT_DATA)
     built = build_data(specs.data)
     network = build_model(specs.model, built, seed)
+    wanted = make_schedule(schedule, radius, earlier)
+    objective = Objective(flooding, ascent, parameter_penalty, input_penalty)
+    if schedule == COORDINATES and optimizer == DEFAULT_OPTIMIZER:
+        optimizer = COORDINATES
     maker = make_optimizer(optimizer, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
     begun = _recording_since(out, resume=resume)
     try:
         trajectory = train(
             network, built.train, loss, maker, epochs=epochs, batch_size=batch_size, seed=seed, out=out,
             keep=int(keep) if keep.isdecimal() else keep, clip_norm=clip_norm, clip_value=clip_value,
-            resume=resume, overwrite=overwrite, progress=not json,
+            schedule=wanted, objective=objective, resume=resume, overwrite=overwrite, progress=not json,
         )  # fmt: skip
     except (KeyboardInterrupt, TrainingError) as error:
         recorded = begun()
@@ -115,6 +145,19 @@ def _recording_since(out: Path, *, resume: bool) -> Callable[[], bool]:
 
     before = written()
     return lambda: is_trajectory(out) and (resume or written() != before)
+
+
+def make_schedule(name: str | None, radius: float | None, earlier: Path | None) -> Schedule | None:
+    """The schedule asked for.
+
+    Raises:
+        ArgumentError: there is none of that name, or a radius or an earlier run without a schedule.
+    """
+    if name is None:
+        if radius is not None or earlier is not None:
+            raise ArgumentError("--radius and --earlier belong to a --schedule; give one")
+        return None
+    return Schedule(name, radius, None if earlier is None else Trajectory.open(earlier))
 
 
 def make_optimizer(name: str, options: Mapping[str, float]) -> MakeOptimizer:

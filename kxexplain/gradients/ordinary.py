@@ -91,7 +91,7 @@ def differentiate(values: Tensor, capture: Capture, parameters: Tensors, *, keep
     """
     columns = values.shape[1]
     edges = capture.edges()
-    loose = loose_gradients(values, capture, parameters)
+    loose = loose_gradients(values, {n: p for n, p in parameters.items() if n in capture.loose})
     if not edges or not values.requires_grad or columns == 0:
         return merge(loose)
     gradients: list[Tensor] = []
@@ -121,13 +121,13 @@ def _room(gradient: Tensor, use: Use, columns: int) -> Tensor:
     return gradient.new_empty(columns, *gradient.shape)
 
 
-def loose_gradients(values: Tensor, capture: Capture, parameters: Tensors) -> Factors:
-    """Gradients of the parameters without a contact: one backward pass per example and column."""
-    names = [name for name, p in parameters.items() if name in capture.loose and p.requires_grad]
+def loose_gradients(values: Tensor, parameters: Tensors) -> Factors:
+    """Gradients of these parameters whatever they are used for: one backward pass per example and column."""
+    names = [name for name, p in parameters.items() if p.requires_grad]
     if not names or not values.requires_grad:
         return []
     rows, columns = values.shape
-    tensors = [parameters[name] for name in names]
+    tensors = list(parameters.values())
     written = [t.new_zeros(rows, columns, t.numel()) for t in tensors]
     for row in range(rows):
         for column in range(columns):
@@ -196,7 +196,8 @@ class StepGradients:
 
     After the step: ``factors`` are the examples' shares of the batch gradient, ``pull`` = ∂total/∂f, [n, C], and
     ``jacobian`` the output gradients, if asked for. ``steady`` says that the dataset serves an example alike every
-    time; one that augments at random does not, and then no factor is marked as raw.
+    time; one that augments at random does not, and then no factor is marked as raw. With ``whole`` the examples' losses
+    are differentiated one by one, since they use the parameters for more than the outputs.
     """
 
     layout: Layout
@@ -204,6 +205,7 @@ class StepGradients:
     rows: int
     with_jacobian: bool = False
     steady: bool = True
+    whole: bool = False
 
     def __post_init__(self) -> None:
         self.capture = Capture(self.parameters, self.layout, self.rows)
@@ -222,21 +224,27 @@ class StepGradients:
         if self.with_jacobian:
             found = differentiate(outputs_2d(outputs), self.capture, self.parameters, keep_graph=True)
             self.jacobian = self._marked(found)
-        if self.capture.loose:
+        chosen = {
+            n: p for n, p in self.parameters.items() if n in self.capture.loose or (self.whole and p.requires_grad)
+        }
+        if chosen:
             share = torch.autograd.grad(total, losses, retain_graph=True)[0]
-            self._loose = loose_gradients((losses * share)[:, None], self.capture, self.parameters)
+            self._loose = loose_gradients((losses * share)[:, None], chosen)
         self._outputs = outputs
-        return [*self.capture.edges(), get_gradient_edge(outputs)]
+        return [*([] if self.whole else self.capture.edges()), get_gradient_edge(outputs)]
 
     def collect(self, gradients: Sequence[Tensor | None]) -> None:
         """Turn the gradients at the edges into factors."""
         *uses, pull = gradients
         assert pull is not None
-        found = [
-            _or_zero(g, use)[None] if _counts(use, g is not None) else None
-            for g, use in zip(uses, self.capture.uses, strict=True)
-        ]
-        self.factors = self._marked(assemble(self.capture, found, self._loose))
+        if self.whole:
+            self.factors = merge(self._loose)
+        else:
+            found = [
+                _or_zero(g, use)[None] if _counts(use, g is not None) else None
+                for g, use in zip(uses, self.capture.uses, strict=True)
+            ]
+            self.factors = self._marked(assemble(self.capture, found, self._loose))
         self.pull = outputs_2d(pull)
 
     def accounted(self, gradients: Tensors) -> Tensors:

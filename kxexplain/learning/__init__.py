@@ -1,4 +1,8 @@
-"""The learning: a trainer that records, and the comparison with an SVM on the network's own kernel."""
+"""The learning: a trainer that records, and the comparison with an SVM on the network's own kernel.
+
+``rates`` has the learning rates' formulas, ``schedules`` and ``scheduler`` apply them, ``objectives`` what is minimised
+beside the loss, ``bounds`` and ``diagnostics`` what theory says of a run.
+"""
 
 from kxexplain.learning.comparison import Comparison
 from kxexplain.learning.svm import compare_svm

@@ -16,12 +16,12 @@ class Progress:
     """A bar over ``total`` steps, of which ``done`` are behind us; nothing if not ``shown``."""
 
     def __init__(self, total: int, done: int = 0, *, shown: bool) -> None:
-        console = Console(stderr=True)
         self._done = done
         self._due = 0.0
         self._total = total
         self._bar: Bar | None = None
-        if shown and console.is_terminal:
+        console = Console(stderr=True) if shown else None  # it looks about for milliseconds
+        if console is not None and console.is_terminal:
             self._bar = Bar(
                 TextColumn("epoch {task.fields[epoch]}"),
                 BarColumn(),

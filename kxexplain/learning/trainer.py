@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
-from kxexplain.errors import ArgumentError, TrainingError
-from kxexplain.learning.interrupts import interrupts
-from kxexplain.learning.progress import Progress
-from kxexplain.learning.resume import restored
-from kxexplain.trajectory import LossFunction, Recorder, Trajectory, rng
+from kxexplain.errors import ArgumentError
+from kxexplain.learning.rates import COORDINATES
+from kxexplain.learning.run import Run
+from kxexplain.learning.scheduler import GradientSchedule
+from kxexplain.learning.schedules import Schedule
+from kxexplain.learning.unrecorded import Unrecorded
+from kxexplain.trajectory import LossFunction, Recorder, Trajectory
 from kxexplain.trajectory import keep as keeping
 from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.describe import check_budget, describe
-from kxexplain.trajectory.forward import assign, forward, gradients
+from kxexplain.trajectory.fingerprints import fingerprint
 from kxexplain.trajectory.losses import resolve
+from kxexplain.trajectory.objective import Objective
+from kxexplain.trajectory.records import Manifest
 from kxexplain.trajectory.sameness import check_same
 from kxexplain.trajectory.signature import describe_model, own_class
-from kxexplain.trajectory.states import load_model, load_optimizer
 from kxexplain.trajectory.store import check_free, folder, is_trajectory
 from kxexplain.trajectory.trial import rehearse
 
@@ -46,6 +47,8 @@ def train(
     seed: int = 0,
     out: str | PathLike[str],
     keep: str | int = "epoch",
+    schedule: str | Schedule | None = None,
+    objective: Objective | None = None,
     scheduler: LRScheduler | None = None,
     clip_norm: float | None = None,
     clip_value: float | None = None,
@@ -69,6 +72,9 @@ def train(
         seed: of the order, and of torch's generators (dropout) while training.
         out: a new or empty folder.
         keep: the states to keep: "step", "epoch", a number of steps, or a size like "200MB".
+        schedule: sets the rate before every step, from the gradient: a name, the radius then being estimated, or a
+            :class:`kxexplain.Schedule`. Default optimiser then: SGD, or Adagrad for ``"adagrad"``.
+        objective: flooding, alternating descent and ascent, penalties on gradients: a :class:`kxexplain.Objective`.
         scheduler: of torch, over the same optimiser; stepped once an epoch.
         clip_norm: largest norm of a step's gradient over the optimiser's parameters, clipped as torch's
             ``clip_grad_norm_`` does; the factor is logged, and the bill stays itemised.
@@ -93,179 +99,131 @@ def train(
     >>> len(trajectory), [state.step for state in trajectory.states]
     (6, [0, 2, 4, 6])
     """
-    _check_numbers(epochs=epochs, batch_size=batch_size, seed=seed)
     if resume and overwrite:
         raise ArgumentError("resume=True and overwrite=True exclude each other; choose one")
-    if clip_norm is not None and clip_value is not None:
-        raise ArgumentError("clip_norm and clip_value exclude each other; choose one")
-    clipping = Clipping.asked(clip_norm, clip_value)
     path, policy = folder(out), keeping.parse(keep)
     describe_model(model)
     check_budget(policy, model)
-    ready = _optimizer(optimizer, model)
-    settings = {"loop": "train", "epochs": epochs, "batch_size": batch_size, **clipping.settings}
-    settings["scheduler"] = _check_scheduler(scheduler, ready)
-    with _training_mode(model):
-        manifest = describe(
-            model, ready, loss, dataset,
-            keep=keep, reduction="mean", seed=seed, settings=settings,
+    with ExitStack() as stack:
+        plan = _plan(
+            stack, model, dataset, loss, optimizer, epochs=epochs, batch_size=batch_size, seed=seed, keep=keep,
+            schedule=schedule, objective=objective, scheduler=scheduler, clip_norm=clip_norm, clip_value=clip_value,
         )  # fmt: skip
-        recorder = Recorder(model, ready, manifest, policy, path=path, loss=loss, dataset=dataset, overwrite=overwrite)
-        run = _Run(model, ready, scheduler, recorder, loss=resolve(loss)[1])
+        own = own_class(plan.optimizer)
+        recorder = Recorder(
+            model, plan.optimizer, plan.manifest, policy, path=path, loss=loss, dataset=dataset, overwrite=overwrite
+        )
+        run = Run(model, plan.optimizer, scheduler, recorder, loss=resolve(loss)[1], schedule=plan.schedule)
         if resume and is_trajectory(path):
             old = Trajectory.open(path, loss if callable(loss) else None)
             old.check_model(model)
-            check_same(old.manifest, manifest, stepped=scheduler is not None)
+            check_same(old.manifest, plan.manifest, stepped=not (scheduler is None and schedule is None))
             if run.restore(old):
-                return Trajectory.open(path, loss if callable(loss) else None, own_class(ready))
+                return Trajectory.open(path, loss if callable(loss) else None, own)
         else:
             check_free(path, overwrite=overwrite)
-            rehearse(model, manifest, dataset, run.sizes(), run.loss, own_class(ready))
+            rehearse(model, plan.manifest, dataset, run.sizes(), run.loss, own)
         run.train(progress=progress)
     return recorder.trajectory
 
 
-class _Run:
-    """One call of :func:`train`: where it is, and the loop."""
+def fit(
+    model: nn.Module,
+    dataset: Any,
+    loss: str | LossFunction = "cross_entropy",
+    optimizer: Optimizer | MakeOptimizer | None = None,
+    *,
+    epochs: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    schedule: str | Schedule | None = None,
+    objective: Objective | None = None,
+    scheduler: LRScheduler | None = None,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    progress: bool = True,
+) -> list[float]:
+    """Train ``model`` in place as :func:`train` does, to the last bit, without recording; returns each step's loss.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None,
-        recorder: Recorder,
-        *,
-        loss: LossFunction,
-    ) -> None:
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.recorder, self.loss = recorder, loss
-        manifest = recorder.manifest
-        self.seed = 0 if manifest.seed is None else manifest.seed
-        self.epochs: int = manifest.settings["epochs"]
-        self.batch_size: int = manifest.settings["batch_size"]
-        self.examples = manifest.dataset.count
-        self.clipping = Clipping.noted(manifest.settings)
-        self.clip = 1.0
-        """What the present step's gradient was multiplied by."""
-        self.batches = math.ceil(self.examples / self.batch_size)
-        self.device = next(model.parameters()).device
-        self.parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
-        self.start = 0
-        self.rng: rng.RngState = {}  # to begin with, if not the seed's
-        self.losses: list[float] = []  # of the present epoch
-        self.ended = 0  # epochs, their scheduler's step included
-        recorder.extra = self._extra
+    Arguments and errors are those of :func:`train`.
 
-    def restore(self, old: Trajectory) -> bool:
-        """Take over the last recorded state; whether the run was finished already."""
-        self.start, total = len(old), self.epochs * self.batches
-        if self.start > total:
-            whole, rest = divmod(self.start, self.batches)
-            more = f" and {rest} of {self.batches} steps of the next" if rest else ""
-            raise ArgumentError(
-                f"epochs: {self.epochs} asked for, but the run already has {whole}{more}; ask for at least "
-                f"{whole + bool(rest)}"
-            )
-        state = old.state(self.start)
-        load_model(state, self.model)
-        load_optimizer(state, self.optimizer, old.manifest.optimizer)
-        if self.start == total:
-            return True
-        self.rng = state.rng
-        if self.scheduler is not None:
-            template = self.scheduler.state_dict()
-            self.scheduler.load_state_dict(restored(template, state.extra["scheduler"]))
-        within = self.start % self.batches or min(self.start, self.batches)
-        self.losses = [step.loss for step in old.steps[self.start - within : self.start]]
-        self.ended = state.extra.get("ended", self.start // self.batches)
-        if self.ended < self.start // self.batches:  # the state was taken at once after the last batch
-            with warnings.catch_warnings():  # torch only looks at steps of this very optimizer
-                warnings.filterwarnings("ignore", "Detected call of", UserWarning)
-                self._end_epoch()
-        self.recorder.resume(old)
-        return False
-
-    def sizes(self) -> list[Tensor]:
-        """One batch of each size: the first, and the first epoch's last if that is smaller."""
-        batches = torch.split(_permutation(self.examples, self.seed, 0), self.batch_size)
-        return [batches[0], *batches[1:][-1:]] if self.examples % self.batch_size else [batches[0]]
-
-    def train(self, *, progress: bool) -> None:
-        """All steps that are left to do."""
-        with ExitStack() as stack:
-            stack.enter_context(rng.fork(self.device))
-            torch.manual_seed(self.seed)
-            rng.restore(self.rng, self.device)
-            bar = Progress(self.epochs * self.batches, self.start, shown=progress)
-            stack.enter_context(bar)
-            interrupted = stack.enter_context(interrupts())
-            stack.enter_context(self.recorder)
-            for epoch in range(self.start // self.batches, self.epochs):
-                for indices in self._left(epoch):
-                    self._step(indices, epoch)
-                    bar.step(epoch, self.losses[-1], self.optimizer.param_groups[0]["lr"])
-                    if interrupted.is_set():
-                        raise KeyboardInterrupt
-                self._end_epoch()
-
-    def _left(self, epoch: int) -> Iterator[Tensor]:
-        """The epoch's batches of indices that are still to come."""
-        order = _permutation(self.examples, self.seed, epoch)
-        done = max(0, self.start - epoch * self.batches)
-        return iter(torch.split(order, self.batch_size)[done:])
-
-    def _step(self, indices: Tensor, epoch: int) -> None:
-        try:
-            value = self._advance(indices)
-        except TrainingError:
-            raise
-        except Exception as error:
-            raise TrainingError(
-                f"step {self.recorder.position} failed: {type(error).__name__}: {error}; training stopped there, and "
-                "the trajectory is good up to its last state. Mend the cause and go on with resume=True"
-            ) from error
-        self.losses.append(value)
-        self.recorder.step(indices, value, epoch=epoch, clip=self.clip)
-
-    def _advance(self, indices: Tensor) -> float:
-        """Make a step; returns its loss."""
-        inputs, targets = self.recorder.fetch(indices)
-        result = forward(self.model, inputs, targets, loss=self.loss, reduction="mean")
-        value = result.total.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss at step {self.recorder.position} is {value}; training stopped there, and the trajectory is "
-                "good up to its last state. Lower the learning rate, or check the data"
-            )
-        found = gradients(result.total, self.parameters)[0]
-        self.clip = self.clipping.factor(found)
-        assign(self.parameters, self.clipping.applied(found, self.clip))
-        self.optimizer.step()
-        return value
-
-    def _end_epoch(self) -> None:
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(math.fsum(self.losses) / len(self.losses))
-        elif self.scheduler is not None:
-            self.scheduler.step()
-        self.losses = []
-        self.ended += 1
-
-    def _extra(self) -> dict[str, Any]:
-        if self.scheduler is None:
-            return {}
-        return {"scheduler": self.scheduler.state_dict(), "ended": self.ended}
+    >>> from torch.utils.data import TensorDataset
+    >>> data = TensorDataset(torch.eye(8), torch.arange(8) % 2)
+    >>> losses = fit(nn.Linear(8, 2), data, epochs=20, batch_size=4, schedule="adagrad_norm")
+    >>> len(losses), sum(losses[-2:]) < sum(losses[:2])
+    (40, True)
+    """
+    describe_model(model)
+    with ExitStack() as stack:
+        plan = _plan(
+            stack, model, dataset, loss, optimizer, epochs=epochs, batch_size=batch_size, seed=seed, keep="epoch",
+            schedule=schedule, objective=objective, scheduler=scheduler, clip_norm=clip_norm, clip_value=clip_value,
+        )  # fmt: skip
+        unrecorded = Unrecorded(model, plan.manifest, dataset)
+        run = Run(model, plan.optimizer, scheduler, unrecorded, loss=resolve(loss)[1], schedule=plan.schedule)
+        rehearse(model, plan.manifest, dataset, run.sizes(), run.loss, own_class(plan.optimizer))
+        run.train(progress=progress)
+    return unrecorded.losses
 
 
-def _permutation(examples: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch's examples: a function of its arguments alone."""
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
-    return torch.randperm(examples, generator=torch.Generator().manual_seed(int(mixed)))
+class _Plan(NamedTuple):
+    """What a run is made with, checked."""
+
+    manifest: Manifest
+    optimizer: Optimizer
+    schedule: GradientSchedule | None
 
 
-def _optimizer(given: Any, model: nn.Module) -> Optimizer:
+def _plan(
+    stack: ExitStack,
+    model: nn.Module,
+    dataset: Any,
+    loss: str | LossFunction,
+    optimizer: Any,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    keep: str | int,
+    **choices: Any,
+) -> _Plan:
+    """Check a run's arguments; until the stack closes the model is in training mode, and the schedule attached."""
+    _check_numbers(epochs=epochs, batch_size=batch_size, seed=seed)
+    for one, other in (("clip_norm", "clip_value"), ("schedule", "scheduler")):
+        if choices[one] is not None and choices[other] is not None:
+            raise ArgumentError(f"{one} and {other} exclude each other; choose one")
+    clipping = Clipping.asked(choices["clip_norm"], choices["clip_value"])
+    wanted, objective = Schedule.asked(choices["schedule"]), choices["objective"]
+    if not isinstance(objective, Objective | None):
+        raise ArgumentError(f"objective is {objective!r}, expected a kx.Objective")
+    ready = _optimizer(optimizer, model, wanted)
+    settings = {"loop": "train", "epochs": epochs, "batch_size": batch_size, **clipping.settings}
+    settings |= {} if objective is None else objective.settings
+    settings["scheduler"] = _check_scheduler(choices["scheduler"], ready)
+    stack.enter_context(_training_mode(model))
+    attached = None
+    if wanted is not None:
+        steps = epochs * max(1, math.ceil(_count(dataset) / batch_size))
+        attached = GradientSchedule(ready, wanted, steps)
+        stack.callback(attached.detach)
+        settings["schedule"] = wanted.settings(steps)
+    manifest = describe(
+        model, ready, loss, dataset,
+        keep=keep, reduction="mean", seed=seed, settings=settings,
+    )  # fmt: skip
+    return _Plan(manifest, ready, attached)
+
+
+def _count(dataset: Any) -> int:
+    """The number of examples; ``DatasetError`` where they cannot be counted."""
+    return len(dataset) if hasattr(dataset, "__len__") else fingerprint(dataset).count
+
+
+def _optimizer(given: Any, model: nn.Module, schedule: Schedule | None) -> Optimizer:
     if isinstance(given, Optimizer):
         return given
+    if given is None and schedule is not None and schedule.name == COORDINATES:
+        return torch.optim.Adagrad(model.parameters(), lr=1.0)
     if given is None:
         return torch.optim.SGD(model.parameters(), lr=0.1)
     if not callable(given):

@@ -11,6 +11,7 @@ from kxexplain.plots.style import FAINT, INK, OTHER, SOFT, amount, colour, decim
 
 NAMES = {
     "regularizer": "weight decay",
+    "penalty": "gradient penalty",
     "buffers": "running statistics",
     "unattributed": "unattributed",
     "remainder": "remainder",

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 UP, DOWN = "#0F6CB6", "#D1491B"
 """Proponents and opponents: blue and orange-red, which differ in lightness too (Okabe & Ito's pair, deepened)."""
@@ -57,6 +58,18 @@ def tidy(axes: Axes, *, keep: tuple[str, ...] = ("left", "bottom")) -> None:
         spine.set_color(FAINT)
     axes.tick_params(colors=SOFT, labelsize=8, length=0)
     axes.set_axisbelow(True)
+
+
+def logarithmic(axes: Axes, which: str) -> None:
+    """The axis "x" or "y" in powers of ten, with numbers between them where it spans few; call it after drawing."""
+    getattr(axes, f"set_{which}scale")("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
+    few = 0 < low < high and math.log10(high / low) < 2.5
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+    axis.set_minor_locator(NullLocator())
+    if few:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def colour(value: float) -> str:

@@ -11,7 +11,7 @@ from kxexplain.plots.bill import NAMES
 from kxexplain.plots.examples import Gallery, blank
 from kxexplain.plots.style import FAINT, INK, OTHER, SIGNED, SOFT, UP, amount, decimals, tidy, title
 
-STYLES = {"regularizer": "--", "buffers": ":", "unattributed": "-."}
+STYLES = {"regularizer": "--", "penalty": (0, (5, 1)), "buffers": ":", "unattributed": "-."}
 
 
 def draw_course(axes: Axes, explanation: Explanation, query: int) -> None:

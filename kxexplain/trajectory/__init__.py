@@ -9,6 +9,7 @@ from kxexplain.trajectory.batches import call, count, fetch, outputs_2d, take
 from kxexplain.trajectory.fingerprints import Fingerprint, fingerprint
 from kxexplain.trajectory.importing import import_checkpoints
 from kxexplain.trajectory.losses import LOSSES, LossFunction, check_losses, resolve
+from kxexplain.trajectory.objective import Objective
 from kxexplain.trajectory.recorder import Recorder, record
 from kxexplain.trajectory.records import (
     GroupRecord,
@@ -31,6 +32,7 @@ __all__ = [
     "LossFunction",
     "Manifest",
     "ModelSignature",
+    "Objective",
     "OptimizerRecord",
     "Recorder",
     "ReplayedStep",

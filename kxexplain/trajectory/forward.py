@@ -15,16 +15,43 @@ from kxexplain.errors import ModelError
 from kxexplain.shapes import Inputs
 from kxexplain.trajectory.batches import call
 from kxexplain.trajectory.losses import LossFunction, check_losses
+from kxexplain.trajectory.objective import Objective, input_penalty, square
 
 Reduction = Literal["mean", "sum"]
 
 
+PLAIN = Objective()
+"""The loss alone."""
+
+
 class Forward(NamedTuple):
-    """A batch's outputs, losses ``(n,)`` and their mean or sum."""
+    """A batch's outputs, losses ``(n,)`` with what is added to each, their mean or sum, and the same without."""
 
     outputs: Tensor
     losses: Tensor
     total: Tensor
+    plain: Tensor
+
+
+class Descent(NamedTuple):
+    """The gradients of one step.
+
+    Attributes:
+        examples: of ``total``, which is a sum over the examples.
+        penalty: of the penalty on these gradients; ``None`` where there is none.
+        edges: of ``total``, at the edges asked for.
+        value: the whole objective.
+    """
+
+    examples: list[Tensor | None]
+    penalty: list[Tensor | None]
+    edges: list[Tensor | None]
+    value: Tensor
+
+    @property
+    def found(self) -> list[Tensor | None]:
+        """What the optimiser is given, before clipping."""
+        return [g if p is None or g is None else g + p for g, p in zip(self.examples, self.penalty, strict=True)]
 
 
 def private_copy(model: nn.Module) -> nn.Module:
@@ -61,27 +88,57 @@ def forward(
     *,
     loss: LossFunction,
     reduction: Reduction,
+    objective: Objective = PLAIN,
     around: AbstractContextManager[None] | None = None,
 ) -> Forward:
     """Run the model (inside ``around``), then the loss, then reduce."""
+    inputs = objective.tracked(inputs)
     with around or nullcontext():
         outputs = call(model, inputs)
     losses = loss(outputs, targets)
     check_losses(losses, targets.shape[0])
-    return Forward(outputs, losses, losses.mean() if reduction == "mean" else losses.sum())
+    total = plain = reduced(losses, reduction)
+    if objective.input_penalty:
+        losses = losses + objective.input_penalty * input_penalty(outputs, inputs)
+        total = reduced(losses, reduction)
+    return Forward(outputs, losses, total, plain)
+
+
+def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
+    """The mean or the sum of a batch's losses."""
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def descend(
+    total: Tensor, parameters: Sequence[Tensor], objective: Objective = PLAIN, edges: Sequence[GradientEdge] = ()
+) -> Descent:
+    """Gradients of an objective made of ``total``, with respect to the parameters, and of ``total`` at the edges."""
+    if not objective.parameter_penalty:
+        found, at_edges = gradients(total, parameters, edges)
+        return Descent(found, [None] * len(found), at_edges, total)
+    found, at_edges = gradients(total, parameters, edges, twice=True)
+    penalty = objective.parameter_penalty * square(found)
+    extra: list[Tensor | None] = [None] * len(found)
+    if penalty.requires_grad:  # not for losses that are linear in the parameters
+        extra = list(torch.autograd.grad(penalty, list(parameters), allow_unused=True))
+    plain = [[g if g is None else g.detach() for g in part] for part in (found, at_edges)]
+    return Descent(plain[0], extra, plain[1], (total + penalty).detach())
 
 
 def gradients(
-    total: Tensor, parameters: Sequence[Tensor], edges: Sequence[GradientEdge] = ()
+    total: Tensor, parameters: Sequence[Tensor], edges: Sequence[GradientEdge] = (), *, twice: bool = False
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of ``total`` at the parameters and at the edges; ``None`` where it has none."""
+    """Gradients of ``total`` at the parameters and at the edges; ``None`` where it has none.
+
+    With ``twice`` they can be differentiated again.
+    """
     if not total.requires_grad:
         raise ModelError(
             "the loss does not depend on any trainable parameter; check requires_grad, and that "
             "neither the model nor the loss detaches its outputs"
         )
     wanted: list[Any] = [*parameters, *edges]  # torch takes both together, its annotation does not
-    found = torch.autograd.grad(total, wanted, allow_unused=True)
+    found = torch.autograd.grad(total, wanted, allow_unused=True, create_graph=twice)
     return list(found[: len(parameters)]), list(found[len(parameters) :])
 
 

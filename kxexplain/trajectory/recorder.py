@@ -22,6 +22,7 @@ from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.deferral import Deferral
 from kxexplain.trajectory.describe import check_budget, describe
 from kxexplain.trajectory.losses import LossFunction
+from kxexplain.trajectory.objective import Objective
 from kxexplain.trajectory.observe import Observer
 from kxexplain.trajectory.records import Manifest
 from kxexplain.trajectory.sameness import check_same
@@ -49,6 +50,7 @@ def record(
     reduction: Literal["mean", "sum"] = "mean",
     seed: int | None = None,
     clip_value: float | None = None,
+    objective: Objective | None = None,
     overwrite: bool = False,
     resume: bool = False,
 ) -> Recorder:
@@ -63,6 +65,8 @@ def record(
     weighted mean divides by the batch's weights: that is ``losses * w * (len(w) / w.sum())``, and "mean".
     A loop that multiplies its gradients (``clip_grad_norm_``) tells ``recorder.step(..., clip=factor)``; one that
     (after that) clamps them, as ``clip_grad_value_`` does, gives ``clip_value``; what it took away is "unattributed".
+    A loop that ascends in some steps tells ``recorder.step(..., sign=-1)``; one that adds a penalty on gradients to its
+    loss gives ``objective``, which says which.
     A dataset that augments at random must draw from torch's global generator, and its batches must come from
     ``recorder.fetch(indices)``, so that replay draws the same; ``TrainingError`` before the first step if they do not.
     ``keep`` says which states to keep: "step", "epoch", a number of steps, or a size like "200MB".
@@ -93,7 +97,7 @@ def record(
     if resume and overwrite:
         raise ArgumentError("resume=True and overwrite=True exclude each other; choose one")
     path, policy = folder(out), keeping.parse(keep)
-    settings: dict[str, Any] = {**Clipping.asked(value=clip_value).settings}
+    settings: dict[str, Any] = {**Clipping.asked(value=clip_value).settings, **(objective or Objective()).settings}
     manifest = describe(
         model, optimizer, loss, dataset, keep=keep, reduction=reduction, seed=seed, settings=settings
     )  # fmt: skip
@@ -114,6 +118,9 @@ def record(
 
 class Recorder:
     """Writes a trajectory while a loop trains; made by :func:`record`."""
+
+    kept = "the trajectory is good up to its last state"
+    """What a loop that had to stop leaves behind."""
 
     def __init__(
         self,

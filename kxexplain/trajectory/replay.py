@@ -17,8 +17,9 @@ from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory import rng
 from kxexplain.trajectory.batches import fetch
 from kxexplain.trajectory.clipping import Clipping
-from kxexplain.trajectory.forward import Forward, assign, forward, gradients, private_copy
+from kxexplain.trajectory.forward import Forward, assign, descend, forward, private_copy
 from kxexplain.trajectory.log import Modes
+from kxexplain.trajectory.objective import Objective
 from kxexplain.trajectory.records import StepRecord
 from kxexplain.trajectory.states import State, load_model, load_optimizer, set_rates
 from kxexplain.trajectory.trajectory import Trajectory
@@ -52,13 +53,14 @@ class ReplayedStep:
     """A redone step: its record, outputs, losses ``(n,)`` and the reduced loss' gradients.
 
     ``gradients`` are those before clipping, and lack parameters without one in this step, which the optimiser leaves
-    alone.
+    alone. ``penalty`` is what a penalty on them added.
     """
 
     record: StepRecord
     outputs: Tensor
     losses: Tensor
     gradients: Tensors
+    penalty: Tensors
 
 
 class Replayer:
@@ -88,6 +90,7 @@ class Replayer:
         self.drift = 0.0
         self._loss = trajectory.loss
         self._clipping = Clipping.noted(trajectory.manifest.settings)
+        self.objective = Objective.noted(trajectory.manifest.settings)
         self._recorded = {state.step for state in trajectory.states}
         self._rng: rng.RngState = {}
         self._stack = ExitStack()
@@ -114,22 +117,25 @@ class Replayer:
         inputs, targets = fetch(self.dataset, record.indices, self.device)
         with torch.enable_grad():
             result = self._forward(inputs, targets, watch)
-            edges = [] if watch is None else list(watch.edges(*result))
-            found, at_edges = gradients(result.total, trained, edges)
+            edges = [] if watch is None else list(watch.edges(result.outputs, result.losses, result.total))
+            descent = descend(result.total, trained, self.objective, edges)
         if watch is not None:
-            watch.collect(at_edges)
+            watch.collect(descent.edges)
         factor = record.sign * record.clip
         for parameter in self._optimized:  # also those frozen since the last step
             parameter.grad = None
-        assign(trained, self._clipping.applied(found, factor))
+        assign(trained, self._clipping.applied(descent.found, factor))
         set_rates(self.optimizer, record.rates)
         self.optimizer.step()
         self._rng = rng.capture(self.device)
         self.position += 1
         if self.position in self._recorded:
             self._arrive()
-        named = {self._names[id(p)]: _whole(g) for p, g in zip(trained, found, strict=True) if g is not None}
-        return ReplayedStep(record, result.outputs.detach(), result.losses.detach(), named)
+        named, penalty = (
+            {self._names[id(p)]: _whole(g) for p, g in zip(trained, part, strict=True) if g is not None}
+            for part in (descent.examples, descent.penalty)
+        )
+        return ReplayedStep(record, result.outputs.detach(), result.losses.detach(), named, penalty)
 
     def twin(self) -> Replayer:
         """Another replayer at the same position, which can run ahead without moving this one."""
@@ -173,6 +179,7 @@ class Replayer:
             targets,
             loss=self._loss,
             reduction=self.trajectory.manifest.reduction,
+            objective=self.objective,
             around=None if watch is None else watch.forward(inputs),
         )
 

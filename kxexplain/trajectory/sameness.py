@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kxexplain.errors import ArgumentError
 from kxexplain.trajectory.clipping import CLIP_NORM, CLIP_VALUE
+from kxexplain.trajectory.objective import OBJECTIVE
 from kxexplain.trajectory.records import Manifest
 
 
@@ -18,7 +19,7 @@ def check_same(old: Manifest, new: Manifest, *, stepped: bool) -> None:
         raise ArgumentError(f"cannot resume with another dataset: {difference}")
     for name in ("loss", "seed", "keep", "reduction"):
         _same(name, getattr(old, name), getattr(new, name))
-    for name in ("loop", "batch_size", "scheduler", CLIP_NORM, CLIP_VALUE):
+    for name in ("loop", "batch_size", "scheduler", "schedule", OBJECTIVE, CLIP_NORM, CLIP_VALUE):
         _same(name, old.settings.get(name), new.settings.get(name))
     _same("frozen parameters", _frozen(old), _frozen(new))
     _same("optimizer", old.optimizer.name, new.optimizer.name)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,14 @@ from kxexplain.shapes import Inputs
 from kxexplain.trajectory import rng
 from kxexplain.trajectory.batches import all_targets, call, fetch, leaves
 from kxexplain.trajectory.clipping import Clipping
-from kxexplain.trajectory.forward import assign, gradients, private_copy
+from kxexplain.trajectory.forward import assign, descend, private_copy, reduced
 from kxexplain.trajectory.losses import OWN, LossFunction, check_losses
+from kxexplain.trajectory.objective import Objective, input_penalty
 from kxexplain.trajectory.observe import check_precision, gradient_norm
 from kxexplain.trajectory.records import Manifest
 from kxexplain.trajectory.signature import MakeOptimizer, build_optimizer
+
+T = TypeVar("T")
 
 CLASSIFYING = ("cross_entropy", "hinge")
 """The losses whose targets are class numbers."""
@@ -47,13 +50,17 @@ def rehearse(
         optimizer = build_optimizer(manifest.optimizer, dict(private.named_parameters()), own)
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         first: list[Tensor | None] = []
+        objective = Objective.noted(manifest.settings)
         for indices in batches:
             inputs, targets = fetch(dataset, indices, device)
+            inputs = objective.tracked(inputs)
             outputs = _outputs(private, inputs)
             _check_classes(manifest.loss, outputs, targets, indices)
             losses = _losses(manifest.loss, loss, outputs, targets)
-            total = losses.mean() if manifest.reduction == "mean" else losses.sum()
-            found = _gradients(total, trained)
+            if objective.input_penalty:
+                losses = losses + objective.input_penalty * _differentiated(lambda: input_penalty(outputs, inputs))  # noqa: B023 - called at once
+            total = reduced(losses, manifest.reduction)
+            found = _differentiated(lambda: descend(total, trained, objective).found)  # noqa: B023 - called at once
             if not first:
                 _check_finite("loss", total.item())
                 _check_finite("gradient", gradient_norm([g for g in found if g is not None]))
@@ -100,9 +107,9 @@ def _losses(name: str, loss: LossFunction, outputs: Tensor, targets: Tensor) -> 
     return losses
 
 
-def _gradients(total: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
+def _differentiated(compute: Callable[[], T]) -> T:
     try:
-        return gradients(total, parameters)[0]
+        return compute()
     except KxError:
         raise
     except Exception as error:

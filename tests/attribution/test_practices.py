@@ -350,13 +350,13 @@ def test_augmented_training_resumed(after: int, tmp_path: Path, monkeypatch: pyt
     whole, parts = augmented(dropout=True), augmented(dropout=True)
     expected = trained(whole, tmp_path / "whole")
     plain_data, parts.data = parts.data, Stopping(TensorDataset(parts.data.x, parts.data.y))
-    train = kx.learning.trainer._Run.train
+    train = kx.learning.run.Run.train
 
     def begin(self: Any, **options: Any) -> None:
         parts.data.left = after
         train(self, **options)
 
-    monkeypatch.setattr(kx.learning.trainer._Run, "train", begin)
+    monkeypatch.setattr(kx.learning.run.Run, "train", begin)
     with pytest.raises(KeyboardInterrupt):
         trained(parts, tmp_path / "parts")
     monkeypatch.undo()

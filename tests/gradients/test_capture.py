@@ -63,7 +63,7 @@ def test_step_gradients_equal_the_loop(name: str, dtype: torch.dtype) -> None:
     watch = StepGradients(layout, trainable(model), count(inputs), with_jacobian=True)
     loss = resolve(problem.loss)[1]
     result = forward(model, inputs, targets, loss=loss, reduction="mean", around=watch.forward(inputs))
-    edges = watch.edges(*result)
+    edges = watch.edges(*result[:3])
     wanted = list(trainable(model).values())
     found, at_edges = gradients(result.total, wanted, edges)
     watch.collect(at_edges)
@@ -91,7 +91,7 @@ def test_step_gradients_under_batch_norm_add_up(name: str, dtype: torch.dtype) -
     watch = StepGradients(layout, trainable(model), count(inputs))
     loss = resolve(problem.loss)[1]
     result = forward(model, inputs, targets, loss=loss, reduction="mean", around=watch.forward(inputs))
-    edges = watch.edges(*result)
+    edges = watch.edges(*result[:3])
     wanted = list(trainable(model).values())
     found, at_edges = gradients(result.total, wanted, edges)
     watch.collect(at_edges)
@@ -289,7 +289,7 @@ def test_what_cancels_is_accounted_as_the_shares_are() -> None:
         model, inputs, targets, loss=lambda f, _: (1e4 * f + f.square()).sum(1), reduction="sum",
         around=watch.forward(inputs),
     )  # fmt: skip
-    (weight, *_), at_edges = gradients(result.total, [model[1].weight], watch.edges(*result))
+    (weight, *_), at_edges = gradients(result.total, [model[1].weight], watch.edges(*result[:3]))
     watch.collect(at_edges)
     (shares,) = (f.values for f in watch.factors if isinstance(f, Dense) and f.weight == "1.weight")
     assert weight is not None

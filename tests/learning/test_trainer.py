@@ -448,7 +448,7 @@ def test_a_run_that_cannot_begin_costs_nothing(tmp_path, options, error, words, 
 def test_trying_leaves_buffers_and_generators(tmp_path, monkeypatch):
     values = build_with(model=CASES["batch norm"].model(), optimizer=None)
     weights, generator = named(values["model"]), torch.get_rng_state()
-    monkeypatch.setattr("kxexplain.learning.trainer._Run.train", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("kxexplain.learning.run.Run.train", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(**values, out=tmp_path / "run")
     assert_same(named(values["model"]), weights)

@@ -1,0 +1,188 @@
+"""The loop of :func:`kxexplain.train`: every step, recorded or not, from wherever it was interrupted."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from kxexplain.errors import ArgumentError, TrainingError
+from kxexplain.learning.interrupts import interrupts
+from kxexplain.learning.progress import Progress
+from kxexplain.learning.resume import restored
+from kxexplain.learning.scheduler import GradientSchedule
+from kxexplain.learning.unrecorded import Unrecorded
+from kxexplain.trajectory import LossFunction, Recorder, Trajectory, rng
+from kxexplain.trajectory.clipping import Clipping
+from kxexplain.trajectory.forward import assign, descend, forward
+from kxexplain.trajectory.objective import Objective
+from kxexplain.trajectory.states import load_model, load_optimizer
+
+KNOWN = ("origin", "fixed")
+"""Parts of a schedule's state that need not stand in every recorded state."""
+
+
+class Run:
+    """One call of :func:`kxexplain.train`: where it is, and the loop."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        recorder: Recorder | Unrecorded,
+        *,
+        loss: LossFunction,
+        schedule: GradientSchedule | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.scheduler, self.schedule = model, optimizer, scheduler, schedule
+        self.recorder, self.loss = recorder, loss
+        manifest = recorder.manifest
+        self.objective = Objective.noted(manifest.settings)
+        self.seed = 0 if manifest.seed is None else manifest.seed
+        self.epochs: int = manifest.settings["epochs"]
+        self.batch_size: int = manifest.settings["batch_size"]
+        self.examples = manifest.dataset.count
+        self.clipping = Clipping.noted(manifest.settings)
+        self.sign, self.clip = 1, 1.0
+        """What the present step's gradient was multiplied by."""
+        self.batches = math.ceil(self.examples / self.batch_size)
+        self.device = next(model.parameters()).device
+        self.parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+        self.start = 0
+        self.rng: rng.RngState = {}  # to begin with, if not the seed's
+        self.losses: list[float] = []  # of the present epoch
+        self.ended = 0  # epochs, their scheduler's step included
+        recorder.extra = self._extra
+
+    def restore(self, old: Trajectory) -> bool:
+        """Take over the last recorded state; whether the run was finished already."""
+        self.start, total = len(old), self.epochs * self.batches
+        if self.start > total:
+            whole, rest = divmod(self.start, self.batches)
+            more = f" and {rest} of {self.batches} steps of the next" if rest else ""
+            raise ArgumentError(
+                f"epochs: {self.epochs} asked for, but the run already has {whole}{more}; ask for at least "
+                f"{whole + bool(rest)}"
+            )
+        state = old.state(self.start)
+        load_model(state, self.model)
+        load_optimizer(state, self.optimizer, old.manifest.optimizer)
+        if self.start == total:
+            return True
+        self.rng = state.rng
+        if self.scheduler is not None:
+            template = self.scheduler.state_dict()
+            self.scheduler.load_state_dict(restored(template, state.extra["scheduler"]))
+        if self.schedule is not None:
+            self._restore_schedule(old, state.extra["schedule"])
+        within = self.start % self.batches or min(self.start, self.batches)
+        self.losses = [step.loss for step in old.steps[self.start - within : self.start]]
+        self.ended = state.extra.get("ended", self.start // self.batches)
+        if self.ended < self.start // self.batches:  # the state was taken at once after the last batch
+            with warnings.catch_warnings():  # torch only looks at steps of this very optimizer
+                warnings.filterwarnings("ignore", "Detected call of", UserWarning)
+                self._end_epoch()
+        self.recorder.resume(old)
+        return False
+
+    def _restore_schedule(self, old: Trajectory, kept: dict[str, Any]) -> None:
+        """What a state does not keep, the run's arguments and its first state give again."""
+        assert self.schedule is not None
+        state = {**self.schedule.state_dict(), **kept}
+        if "origin" in state:
+            start = old.state(0).parameters
+            state["origin"] = [start[name] for group in old.manifest.optimizer.groups for name in group.names]
+        self.schedule.load_state_dict(state)
+
+    def sizes(self) -> list[Tensor]:
+        """One batch of each size: the first, and the first epoch's last if that is smaller."""
+        batches = torch.split(_permutation(self.examples, self.seed, 0), self.batch_size)
+        return [batches[0], *batches[1:][-1:]] if self.examples % self.batch_size else [batches[0]]
+
+    def train(self, *, progress: bool) -> None:
+        """All steps that are left to do."""
+        with ExitStack() as stack:
+            stack.enter_context(rng.fork(self.device))
+            torch.manual_seed(self.seed)
+            rng.restore(self.rng, self.device)
+            bar = Progress(self.epochs * self.batches, self.start, shown=progress)
+            stack.enter_context(bar)
+            interrupted = stack.enter_context(interrupts())
+            stack.enter_context(self.recorder)
+            for epoch in range(self.start // self.batches, self.epochs):
+                for indices in self._left(epoch):
+                    self._step(indices, epoch)
+                    bar.step(epoch, self.losses[-1], self.optimizer.param_groups[0]["lr"])
+                    if interrupted.is_set():
+                        raise KeyboardInterrupt
+                self._end_epoch()
+
+    def _left(self, epoch: int) -> Iterator[Tensor]:
+        """The epoch's batches of indices that are still to come."""
+        order = _permutation(self.examples, self.seed, epoch)
+        done = max(0, self.start - epoch * self.batches)
+        return iter(torch.split(order, self.batch_size)[done:])
+
+    def _step(self, indices: Tensor, epoch: int) -> None:
+        try:
+            value = self._advance(indices)
+        except TrainingError:
+            raise
+        except Exception as error:
+            raise TrainingError(
+                f"step {self.recorder.position} failed: {type(error).__name__}: {error}; training stopped there, and "
+                f"{self.recorder.kept}. Mend the cause and go on with resume=True"
+            ) from error
+        self.losses.append(value)
+        self.recorder.step(indices, value, epoch=epoch, sign=self.sign, clip=self.clip)
+
+    def _advance(self, indices: Tensor) -> float:
+        """Make a step; returns its loss."""
+        inputs, targets = self.recorder.fetch(indices)
+        result = forward(self.model, inputs, targets, loss=self.loss, reduction="mean", objective=self.objective)
+        value = result.plain.item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss at step {self.recorder.position} is {value}; training stopped there, and "
+                f"{self.recorder.kept}. Lower the learning rate, or check the data"
+            )
+        descent = descend(result.total, self.parameters, self.objective)
+        found = descent.found
+        self.clip = self.clipping.factor(found)
+        if self.objective.directed:
+            self.sign, factor = self.objective.direction(self.recorder.position, descent.value.item())
+            self.clip *= factor
+        assign(self.parameters, self.clipping.applied(found, self.sign * self.clip))
+        self.optimizer.step()
+        return value
+
+    def _end_epoch(self) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(math.fsum(self.losses) / len(self.losses))
+        elif self.scheduler is not None:
+            self.scheduler.step()
+        self.losses = []
+        self.ended += 1
+
+    def _extra(self) -> dict[str, Any]:
+        if self.schedule is not None:
+            state = self.schedule.state_dict()
+            return {"schedule": {key: value for key, value in state.items() if key not in KNOWN}}
+        if self.scheduler is None:
+            return {}
+        return {"scheduler": self.scheduler.state_dict(), "ended": self.ended}
+
+
+def _permutation(examples: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch's examples: a function of its arguments alone."""
+    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    return torch.randperm(examples, generator=torch.Generator().manual_seed(int(mixed)))
