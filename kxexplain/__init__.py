@@ -14,6 +14,8 @@ plus a sum over the training examples. Record training, and read the sum off:
 True
 """
 
+from typing import TYPE_CHECKING, Any
+
 from kxexplain import datasets
 from kxexplain.attribution import Explanation, Ranking, Timeline, explain
 from kxexplain.errors import (
@@ -31,10 +33,15 @@ from kxexplain.errors import (
 )
 from kxexplain.kernels import path_kernel, tangent_kernel
 from kxexplain.learning.comparison import Comparison
+from kxexplain.learning.kernel_machine import KernelMachine
 from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import train
 from kxexplain.search import GradientIndex, Neighbors
 from kxexplain.trajectory import Recorder, Trajectory, import_checkpoints, record
+
+if TYPE_CHECKING:
+    from kxexplain.learning.network_kernel import NetworkKernel
+    from kxexplain.learning.tangent_features import TangentFeatures
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - grouped by what they are for
@@ -46,9 +53,25 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "tangent_kernel", "path_kernel",
     # search and compare
     "GradientIndex", "Neighbors", "compare_svm", "Comparison",
+    # kernel machines, and scikit-learn's side
+    "KernelMachine", "NetworkKernel", "TangentFeatures",
     # data
     "datasets",
     # errors and the warning
     "KxError", "ArgumentError", "DatasetError", "IndexFileError", "MissingExtraError", "ModelError", "ReplayError",
     "TargetError", "TrainingError", "TrajectoryError", "UnattributedWarning",
 ]  # fmt: skip
+
+LATE = {
+    "NetworkKernel": "kxexplain.learning.network_kernel",
+    "TangentFeatures": "kxexplain.learning.tangent_features",
+}
+"""Names of classes built on scikit-learn's, which takes a second to import: imported when they are asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(LATE[name]), name)
