@@ -16,7 +16,7 @@ from kxexplain.errors import ArgumentError, DatasetError, TrainingError, Traject
 from kxexplain.kernels.budget import parse_bytes, progress_bar
 from kxexplain.learning.machine_file import Progressed, load_progress, save_progress
 from kxexplain.learning.spaces import FeatureSpace, KernelSpace, Space
-from kxexplain.learning.trainer import permutation
+from kxexplain.learning.trainer import NO_EPOCH, permutation
 from kxexplain.shapes import Examples, Inputs
 from kxexplain.trajectory import LossFunction, check_losses, count, fetch, fingerprint, resolve
 
@@ -26,10 +26,6 @@ CURVATURE: dict[str, Callable[[int], float]] = {
     "cross_entropy": lambda c: 0.5,
 }
 """The largest second derivative of a loss in c outputs, which the step size is divided by."""
-
-
-NO_EPOCH = 1 << 31
-"""Stands for an epoch's number where the subsample is drawn."""
 
 
 class KernelMachine:

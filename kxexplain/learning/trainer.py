@@ -257,6 +257,10 @@ class _Run:
         return {"scheduler": self.scheduler.state_dict(), "ended": self.ended}
 
 
+NO_EPOCH = 1 << 31
+"""Stands for an epoch's number where examples are drawn for something else than training."""
+
+
 def permutation(examples: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch's examples: a function of its arguments alone."""
     mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
