@@ -32,7 +32,10 @@ from kxexplain.errors import (
     UnattributedWarning,
 )
 from kxexplain.kernels import path_kernel, tangent_kernel
-from kxexplain.learning.comparison import Comparison
+from kxexplain.learning.additive import AdditiveGuess, additive_guess
+from kxexplain.learning.alphas import AlphaVariation, alpha_variation
+from kxexplain.learning.comparison import Comparison, KernelRow
+from kxexplain.learning.convex import DualForm, dual_coefficients
 from kxexplain.learning.kernel_machine import KernelMachine
 from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import train
@@ -40,6 +43,7 @@ from kxexplain.search import GradientIndex, Neighbors
 from kxexplain.trajectory import Recorder, Trajectory, import_checkpoints, record
 
 if TYPE_CHECKING:
+    from kxexplain.learning.estimators import PathKernelClassifier, PathKernelRegressor
     from kxexplain.learning.network_kernel import NetworkKernel
     from kxexplain.learning.tangent_features import TangentFeatures
 
@@ -52,9 +56,11 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     # kernels
     "tangent_kernel", "path_kernel",
     # search and compare
-    "GradientIndex", "Neighbors", "compare_svm", "Comparison",
+    "GradientIndex", "Neighbors", "compare_svm", "Comparison", "KernelRow",
+    "alpha_variation", "AlphaVariation", "dual_coefficients", "DualForm",
+    "additive_guess", "AdditiveGuess",
     # kernel machines, and scikit-learn's side
-    "KernelMachine", "NetworkKernel", "TangentFeatures",
+    "KernelMachine", "NetworkKernel", "TangentFeatures", "PathKernelClassifier", "PathKernelRegressor",
     # data
     "datasets",
     # errors and the warning
@@ -63,6 +69,8 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
 ]  # fmt: skip
 
 LATE = {
+    "PathKernelClassifier": "kxexplain.learning.estimators",
+    "PathKernelRegressor": "kxexplain.learning.estimators",
     "NetworkKernel": "kxexplain.learning.network_kernel",
     "TangentFeatures": "kxexplain.learning.tangent_features",
 }

@@ -160,7 +160,7 @@ class KernelMachine:
 
     @property
     def coefficients(self) -> Tensor:
-        """a over the training examples, or W over features."""
+        """A over the training examples, or W over features."""
         return self._fitted().coefficients
 
     def __call__(self, inputs: Inputs) -> Tensor:

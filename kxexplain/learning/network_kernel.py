@@ -36,7 +36,7 @@ class NetworkKernel(Kernel):  # type: ignore[misc]
         scale: what all values are divided by; see :meth:`scaled_to`.
 
     Raises:
-        ArgumentError: at the first call: ``outputs="full"``, which is no number a pair, or a scale that is not positive.
+        ArgumentError: at a call: ``outputs="full"``, which is no number a pair, or a scale that is not positive.
         DatasetError: at a call: rows that do not fit.
 
     Source: Jacot et al. 2018, arXiv 1806.07572; Domingos 2020, arXiv 2012.00152.
@@ -62,7 +62,7 @@ class NetworkKernel(Kernel):  # type: ignore[misc]
         self.scale = scale
         self._kept: dict[bytes, np.ndarray] = {}
 
-    def __call__(self, X: Any, Y: Any = None, eval_gradient: bool = False) -> Any:  # noqa: N803 - scikit-learn's names
+    def __call__(self, X: Any, Y: Any = None, eval_gradient: bool = False) -> Any:
         """Gram matrix [n, m] in float64; with ``eval_gradient`` also its derivative by no parameters, [n, n, 0]."""
         self._check()
         left, right = (None if t is None else rows_for(self.model, t, self.shape) for t in (X, Y))
@@ -77,13 +77,13 @@ class NetworkKernel(Kernel):  # type: ignore[misc]
         gram = self._kept[key].copy()
         return (gram, np.empty((*gram.shape, 0))) if eval_gradient else gram
 
-    def diag(self, X: Any) -> np.ndarray:  # noqa: N803
+    def diag(self, X: Any) -> np.ndarray:
         """K(x, x), [n], without the matrix."""
         self._check()
         return self._matrix(rows_for(self.model, X, self.shape), None, diag=True) / self.scale
 
-    def scaled_to(self, X: Any) -> NetworkKernel:  # noqa: N803
-        """The kernel divided by its mean diagonal over some inputs: ``C`` of an SVM then means the same for any network.
+    def scaled_to(self, X: Any) -> NetworkKernel:
+        """The kernel divided by its mean diagonal over some inputs: an SVM's ``C`` then means the same anywhere.
 
         Raises:
             ArgumentError: the kernel vanishes there.

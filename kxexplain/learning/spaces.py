@@ -86,7 +86,7 @@ class Space(Protocol):
     preconditioner: Preconditioner
 
     def values(self, rows: Tensor) -> Tensor:
-        """f at some of the training examples, [b, c]."""
+        """F at some of the training examples, [b, c]."""
         ...
 
     def step(self, rows: Tensor, pull: Tensor, rate: float) -> None:
@@ -94,7 +94,7 @@ class Space(Protocol):
         ...
 
     def predict(self, inputs: Inputs) -> Iterator[Tensor]:
-        """f at any inputs, in portions."""
+        """F at any inputs, in portions."""
         ...
 
 

@@ -169,7 +169,6 @@ class _Study:
 
     def kernels(self, name: str) -> tuple[Tensor, Tensor]:
         """The Gram matrix of the training examples, and the test examples' rows."""
-        x_train, x_test = self.inputs
         if name == "path":
             return tuple(path_kernel(self.trajectory, self.model, x, y) for x, y in self._pairs())  # type: ignore[return-value]
         if name in ("rbf", "linear"):

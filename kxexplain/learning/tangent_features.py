@@ -66,7 +66,7 @@ class TangentFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.normalize = normalize
         self.seed = seed
 
-    def fit(self, X: Any, y: Any = None) -> TangentFeatures:  # noqa: N803
+    def fit(self, X: Any, y: Any = None) -> TangentFeatures:
         """Measure the model on some inputs; nothing is learnt but the features' size."""
         if self.outputs == "full":
             raise ArgumentError('got outputs="full"; expected "trace" or an output\'s number')
@@ -84,7 +84,7 @@ class TangentFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             raise ArgumentError("the model's gradients vanish on these inputs; there is nothing to project")
         return self
 
-    def transform(self, X: Any) -> np.ndarray:  # noqa: N803
+    def transform(self, X: Any) -> np.ndarray:
         """Features [n, dim], in the model's dtype."""
         check_is_fitted(self)
         inputs = rows_for(self.kernel_.model, X, self.shape)

@@ -134,7 +134,7 @@ def test_a_network_has_no_dual_coefficients(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = random_features()
     trajectory = kx.train(model, data, "logistic", epochs=3, batch_size=8, out=tmp_path / "a", progress=False)
-    with pytest.raises(ModelError, match="not|linear in its"):
+    with pytest.raises(ModelError, match="linear in its"):
         dual_coefficients(trajectory, model, data)
     with pytest.raises(ArgumentError, match="at least 2"):
         dual_coefficients(trajectory, model, data, anchors=1)
