@@ -1,4 +1,4 @@
-"""The learning: a trainer that records, and the comparison with an SVM on the network's own kernel."""
+"""The learning: a trainer that records, comparison with SVMs, kernel machines, scikit-learn's kernels and estimators."""
 
 from kxexplain.learning.comparison import Comparison
 from kxexplain.learning.svm import compare_svm

@@ -86,7 +86,7 @@ class _PathKernelEstimator(BaseEstimator):  # type: ignore[misc]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made = self._built(X.shape[1], outputs)
-        self.module_ = made.to(torch.from_numpy(X[:0]).dtype)
+        self.module_ = made.to(torch.from_numpy(np.empty(0, X.dtype)).dtype)
         self.examples_ = TensorDataset(torch.from_numpy((X - self.shift_) / self.spread_), targets)
         self._own_folder = self.out is None
         self.path_ = self._temporary() if self.out is None else str(self.out)

@@ -19,8 +19,8 @@ def draw_accuracies(axes: Axes, comparison: Comparison) -> None:
         shade = OTHER if row.kernel in ("rbf", "linear") else UP
         axes.barh(at, row.accuracy, height=0.62, color=shade, zorder=2)
         axes.annotate(
-            f"{row.accuracy:.1%}", (row.accuracy, at), xytext=(-4, 0), textcoords="offset points", ha="right",
-            va="center", fontsize=8.5, fontweight="bold", color="white", zorder=3,
+            f"{row.accuracy:.1%}", (0, at), xycoords=("axes fraction", "data"), xytext=(5, 0), va="center",
+            textcoords="offset points", fontsize=8.5, fontweight="bold", color="white", zorder=3,
         )  # fmt: skip
     axes.axvline(comparison.network_accuracy, color=INK, linewidth=1.2, zorder=4)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
@@ -65,7 +65,7 @@ def draw_weights(axes: Axes, comparison: Comparison) -> None:
     axes.set_ylabel("SVM: Σ |dual coefficient|", fontsize=8.5, color=SOFT)
     tidy(axes)
     shared, chance = comparison.support_overlap
-    title(axes, f"{shared:.0%} of the vectors have a largest |α_i| (chance {chance:.0%})")
+    title(axes, f"{shared:.0%} have a largest |α_i| (chance {chance:.0%})")
 
 
 def draw_parted(part: SubFigure, comparison: Comparison, gallery: Gallery) -> None:
