@@ -1,4 +1,4 @@
-"""The learning: a trainer that records, comparison with SVMs, kernel machines, scikit-learn's kernels and estimators."""
+"""The learning: a trainer that records, comparison with SVMs, kernel machines, kernels for scikit-learn."""
 
 from kxexplain.learning.comparison import Comparison
 from kxexplain.learning.svm import compare_svm

@@ -141,7 +141,8 @@ def alpha_variation(
 def _constant(kernel: Tensor, put: Tensor) -> Tensor:
     """ᾱ_i = (Σ_x KᵀK)⁺ Σ_x Kᵀ C_i(x), [n, c]; 0 where an example never met a query."""
     squares = torch.einsum("qnac,qnad->ncd", kernel, kernel)
-    return (torch.linalg.pinv(squares, hermitian=True) @ torch.einsum("qnac,qna->nc", kernel, put)[..., None])[..., 0]
+    pulled = torch.einsum("qnac,qna->nc", kernel, put)
+    return torch.einsum("ncd,nd->nc", torch.linalg.pinv(squares, hermitian=True), pulled)
 
 
 def _predicted(bill: Explanation, kernel: Tensor, mean: Tensor, start: int) -> tuple[Tensor, float]:

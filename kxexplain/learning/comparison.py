@@ -246,8 +246,8 @@ def _known(value: Any) -> Any:
 def _ranks(values: Tensor) -> Tensor:
     """Ranks, equal values sharing the mean of theirs."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
+    middle: Tensor = counts.cumsum(0).double() - (counts - 1) / 2
+    return middle[inverse]
 
 
 __all__ = ["Comparison", "KernelRow", "correlation"]

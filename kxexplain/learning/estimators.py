@@ -30,7 +30,7 @@ MakeModule = Callable[[int, int], nn.Module]
 """(features, outputs) -> a module."""
 
 
-class _PathKernelEstimator(BaseEstimator):  # type: ignore[misc]
+class _PathKernelEstimator(BaseEstimator):
     """What classifier and regressor share."""
 
     def __init__(
@@ -150,7 +150,7 @@ class _PathKernelEstimator(BaseEstimator):  # type: ignore[misc]
         return path
 
 
-class PathKernelClassifier(ClassifierMixin, _PathKernelEstimator):  # type: ignore[misc]
+class PathKernelClassifier(ClassifierMixin, _PathKernelEstimator):
     r"""A network as a scikit-learn classifier that predicts as the kernel machine it is.
 
     ``fit`` trains a network by SGD and records the training; ``decision_function`` is the kernel sum
@@ -220,7 +220,7 @@ class PathKernelClassifier(ClassifierMixin, _PathKernelEstimator):  # type: igno
         return np.asarray(logits.softmax(1).numpy())
 
 
-class PathKernelRegressor(RegressorMixin, _PathKernelEstimator):  # type: ignore[misc]
+class PathKernelRegressor(RegressorMixin, _PathKernelEstimator):
     r"""A network as a scikit-learn regressor that predicts as the kernel machine it is.
 
     As :class:`PathKernelClassifier`, with squared loss on the target shifted and scaled to mean 0 and variance 1.
@@ -248,7 +248,8 @@ class PathKernelRegressor(RegressorMixin, _PathKernelEstimator):  # type: ignore
 
     def predict(self, X: Rows) -> np.ndarray:
         """Targets, [n]: shift + spread × kernel sum."""
-        return np.asarray(self.target_shift_ + self.target_spread_ * self._kernel_sum(X)[:, 0])
+        values = self._kernel_sum(X)[:, 0]
+        return np.asarray(self.target_shift_ + self.target_spread_ * values)
 
 
 __all__ = ["PathKernelClassifier", "PathKernelRegressor"]

@@ -19,7 +19,7 @@ from kxexplain.learning.arrays import check_shape, rows_for
 from kxexplain.trajectory import Trajectory
 
 
-class NetworkKernel(Kernel):  # type: ignore[misc]
+class NetworkKernel(Kernel):
     r"""The tangent kernel of a model, or the path kernel along its training, as ``k(X, Y=None)`` with ``k.diag(X)``.
 
     It goes wherever scikit-learn takes a callable kernel (``SVC``, ``SVR``) or a kernel object (``KernelRidge``,

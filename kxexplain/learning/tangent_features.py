@@ -21,7 +21,7 @@ from kxexplain.kernels.tangent import TangentKernel
 from kxexplain.learning.arrays import check_shape, rows_for
 
 
-class TangentFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class TangentFeatures(TransformerMixin, BaseEstimator):
     r"""Gradients of a model's outputs, projected at random to ``dim`` numbers (a scikit-learn transformer).
 
     φ(x) = Σ_c S_c ∇f_c(x), every output with a seeded projection S_c of its own: cross terms vanish on average, so

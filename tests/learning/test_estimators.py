@@ -23,7 +23,7 @@ QUICK: dict[str, Any] = {"hidden": (8,), "epochs": 10, "learning_rate": 0.3, "ba
 
 
 @pytest.mark.slow
-@parametrize_with_checks([PathKernelClassifier(**QUICK), PathKernelRegressor(**QUICK)])
+@parametrize_with_checks([PathKernelClassifier(**QUICK), PathKernelRegressor(**{**QUICK, "learning_rate": 0.1})])
 def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
     check(estimator)
 
