@@ -224,7 +224,7 @@ def test_comparison(tmp_path: Path) -> None:
     saved(figure, tmp_path)
     said = texts(figure)
     assert "An SVM on each kernel" in said
-    assert any("largest |α_i|" in text for text in said)
+    assert any("Largest |α_i|" in text for text in said)
     assert f"{comparison.network_accuracy:.1%}" in said
     assert any(f"{comparison.correlation:.3f}" in text for text in said)
     assert not overlaps(figure)

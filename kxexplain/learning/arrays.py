@@ -24,7 +24,7 @@ def rows_for(model: nn.Module, rows: Any, shape: Sequence[int] | None = None) ->
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
-        values = rows if isinstance(rows, Tensor) else torch.from_numpy(np.require(rows, requirements="CW"))
+        values = rows if isinstance(rows, Tensor) else torch.from_numpy(np.require(rows, requirements=["C", "W"]))
     except (TypeError, ValueError) as error:
         raise DatasetError(f"the inputs are no array of numbers ({error}); give one of shape (n, d)") from error
     if values.dim() < 2 or len(values) == 0:

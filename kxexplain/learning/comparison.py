@@ -197,8 +197,9 @@ class Comparison:
         table.add_row("correlation of margins", f"{self.correlation:.3f}", "")
         if self.alphas is not None:
             shared, chance = self.support_overlap
-            table.add_row("accuracy with one α_i for all x", f"{self.alphas.constant_accuracy:.3f}", "")
-            table.add_row(f"of these, among largest |α_i| (chance {chance:.2f})", "", f"{shared:.3f}")
+            table.add_row(f"accuracy on {len(self.alphas.labels)} of them", f"{self.alphas.network_accuracy:.3f}", "")
+            table.add_row("the same, with one α_i for all x", f"{self.alphas.constant_accuracy:.3f}", "")
+            table.add_row(f"vectors with largest |α_i| (chance {chance:.2f})", "", f"{shared:.3f}")
         return table
 
     def kernel_table(self) -> Table:

@@ -107,7 +107,9 @@ class KernelSpace:
         self._kernel, self._inputs, self._batch = kernel, inputs, batch
         self._blocks: Blocks = blocks_against(kernel, inputs, memory)
         self._sample = sample
-        gram = torch.cat([self._blocks(take(inputs, part))[:, sample] for part in sample.split(batch)])
+        chosen = take(inputs, sample)
+        among = blocks_against(kernel, chosen, memory)
+        gram = torch.cat([among(take(chosen, part)) for part in spans(0, len(sample), batch)])
         self.preconditioner = Preconditioner.of(gram, directions)
         self.coefficients = gram.new_zeros(count(inputs), 0)
         self._block: Tensor | None = None

@@ -65,7 +65,7 @@ def draw_weights(axes: Axes, comparison: Comparison) -> None:
     axes.set_ylabel("SVM: Σ |dual coefficient|", fontsize=8.5, color=SOFT)
     tidy(axes)
     shared, chance = comparison.support_overlap
-    title(axes, f"{shared:.0%} have a largest |α_i| (chance {chance:.0%})")
+    title(axes, f"Largest |α_i|: {shared:.0%} (chance {chance:.0%})")
 
 
 def draw_parted(part: SubFigure, comparison: Comparison, gallery: Gallery) -> None:

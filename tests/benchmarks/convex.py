@@ -5,12 +5,13 @@ none on the intercept; η_t = 2/(λ(t + 100)) for the steps given, in float64. T
 ``kx.dual_coefficients`` finds in the recorded trajectory, beside ``SVC(kernel="linear").dual_coef_``. Limits:
 correlation at least 0.999, largest difference at most 2 % of the largest coefficient (which is C).
 
-    .venv/bin/python tests/benchmarks/convex.py [--steps 20000]
+    .venv/bin/python tests/benchmarks/convex.py [--steps 10000] [--problems …]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ from torch.utils.data import TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import kxexplain as kx
-from tests.benchmarks.environment import write_result
+from tests.benchmarks.environment import RESULTS, write_result
 
 
 def breast_cancer() -> tuple[np.ndarray, np.ndarray]:
@@ -101,10 +102,14 @@ def measure(name: str, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--problems", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS))
     options = parser.parse_args()
+    file = RESULTS / "convex.json"
+    kept = json.loads(file.read_text()) if file.is_file() and options.problems != list(PROBLEMS) else {}
     numbers: dict[str, Any] = {"limit_correlation": 0.999, "limit_difference": 0.02}
-    for name in PROBLEMS:
+    numbers |= {name: kept[name] for name in PROBLEMS if name in kept}
+    for name in options.problems:
         numbers[name] = measure(name, options.steps)
     write_result("convex", numbers)
 
