@@ -16,6 +16,7 @@ def class_numbers(targets: Tensor, outputs: Tensor, loss: str) -> Tensor:
     Raises:
         DatasetError: the targets are no classes, or reach beyond the outputs.
 
+    >>> import torch
     >>> class_numbers(torch.tensor([-1.0, 1.0]), torch.zeros(2, 1), "hinge")
     tensor([0, 1])
     """
@@ -39,6 +40,7 @@ def class_numbers(targets: Tensor, outputs: Tensor, loss: str) -> Tensor:
 def predicted_classes(outputs: Tensor) -> Tensor:
     """The largest output's number; of a single output, whether it is positive.
 
+    >>> import torch
     >>> predicted_classes(torch.tensor([[0.5], [-1.0]]))
     tensor([1, 0])
     """

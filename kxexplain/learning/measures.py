@@ -20,6 +20,7 @@ def alignment(gram: Float[Tensor, "n n"], labels: Int[Tensor, " n"]) -> float:
 
     Source: Cortes, Mohri & Rostamizadeh 2012, "Algorithms for Learning Kernels Based on Centered Alignment".
 
+    >>> import torch
     >>> labels = torch.tensor([0, 0, 1, 1])
     >>> alignment((labels[:, None] == labels).double(), labels)
     1.0
@@ -33,6 +34,7 @@ def alignment(gram: Float[Tensor, "n n"], labels: Int[Tensor, " n"]) -> float:
 def effective_rank(gram: Float[Tensor, "n n"]) -> float:
     r"""(tr K)² / tr K² of the centred matrix: the number of equal eigenvalues that would give these two.
 
+    >>> import torch
     >>> round(effective_rank(torch.eye(5)), 6)
     4.0
     """

@@ -110,7 +110,7 @@ def test_on_frozen_tangent_features_too(tmp_path: Path) -> None:
     assert_same_dual(found.coefficients, SVC(kernel="precomputed", C=bound).fit(phi @ phi.T, y), bound)
 
 
-@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("classes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_logistic_loss_with_decay_is_logistic_regression(tmp_path: Path, classes: int) -> None:
     x, y = overlapping()
     y = y if classes == 2 else (x[:, 0] > 0.5).long() + y
