@@ -1,7 +1,7 @@
 """Test accuracies of a network and of SVMs on its kernels, over five seeds of split, initialisation and order.
 
 The network is an MLP with ReLU under SGD 0.1 for 15 epochs: 64-64-32-10 on digits (1,437 training examples, batch 32),
-784-128-64-10 on MNIST-5k (2,000, tested on the other 3,000, batch 64). The SVMs are trained on the same examples; C, and
+784-128-64-10 on MNIST-5k (2,000, tested on the other 3,000, batch 64). The SVMs have the same examples; C, and
 the width of the RBF kernel, are chosen by cross-validation on the Gram matrix, the same way for all. "start" is the
 tangent kernel of the network as initialised, "middle" that of the state halfway, "end" that of the trained network.
 
