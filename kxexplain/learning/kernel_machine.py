@@ -176,6 +176,10 @@ class KernelMachine:
     def __repr__(self) -> str:
         return f"KernelMachine({self._kind()}, {self.loss_name}, {len(self.history)} of {self.epochs} epochs)"
 
+    def _device(self) -> torch.device | None:
+        """Where the kernel is computed, if it is a module's; the examples stay where they are otherwise."""
+        return next(self.kernel.parameters()).device if isinstance(self.kernel, nn.Module) else None
+
     def _kind(self) -> str:
         if hasattr(self.kernel, "transform"):
             return "sketched features"
@@ -189,7 +193,7 @@ class KernelMachine:
     def _examples(self, dataset: Examples, columns: int | None = None) -> tuple[Inputs, Tensor]:
         """Inputs and targets; class numbers as indicator vectors where the loss is a squared one."""
         with torch.random.fork_rng(devices=[]):
-            inputs, targets = fetch(dataset, range(len(dataset)))
+            inputs, targets = fetch(dataset, range(len(dataset)), self._device())
         if self.loss_name != "mse" or targets.dim() != 1 or targets.is_floating_point():
             return inputs, targets
         classes = int(targets.max()) + 1 if columns is None else columns
@@ -200,7 +204,7 @@ class KernelMachine:
 
     def _made(self, inputs: Inputs, columns: int) -> Space:
         n = count(inputs)
-        sample = permutation(n, self.seed, NO_EPOCH)[: self.subsample].sort().values
+        sample = permutation(n, self.seed, NO_EPOCH)[: self.subsample].sort().values.to(self._device())
         directions = min(self.directions, len(sample) - 1)
         space: Space
         if hasattr(self.kernel, "transform"):
@@ -214,7 +218,7 @@ class KernelMachine:
 
     def _epoch(self, space: Space, targets: Tensor, epoch: int, state: Progressed, tick: Callable[[], None]) -> None:
         total, n = 0.0, len(targets)
-        for rows in permutation(n, self.seed, epoch).split(self.batch_size):
+        for rows in permutation(n, self.seed, epoch).to(targets.device).split(self.batch_size):
             losses, pull = self._pull(space.values(rows), targets[rows])
             total += float(losses.double().sum())
             rate = self.rate
@@ -233,7 +237,7 @@ class KernelMachine:
     def _try(self, columns: int, targets: Tensor) -> None:
         """``ArgumentError`` before work starts if the targets do not fit the loss."""
         try:
-            self._pull(torch.zeros(len(targets), columns), targets)
+            self._pull(torch.zeros(len(targets), columns, device=targets.device), targets)
         except (RuntimeError, TypeError, IndexError) as error:
             raise ArgumentError(
                 f"targets of shape {tuple(targets.shape[1:])} each do not fit loss {self.loss_name!r}: {error}"
