@@ -14,7 +14,7 @@ plus a sum over the training examples. Record training, and read the sum off:
 True
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kxexplain import datasets
 from kxexplain.attribution import Explanation, Ranking, Timeline, explain
@@ -33,9 +33,13 @@ from kxexplain.errors import (
     UnattributedWarning,
 )
 from kxexplain.kernels import path_kernel, tangent_kernel
+from kxexplain.learning.additive import AdditiveGuess, additive_guess
+from kxexplain.learning.alphas import AlphaVariation, alpha_variation
 from kxexplain.learning.bounds import Bounds, bounds, minimize
-from kxexplain.learning.comparison import Comparison
+from kxexplain.learning.comparison import Comparison, KernelRow
+from kxexplain.learning.convex import DualForm, dual_coefficients
 from kxexplain.learning.diagnostics import GradientInequality, gradient_inequality, gradient_inequality_along
+from kxexplain.learning.kernel_machine import KernelMachine
 from kxexplain.learning.objectives import flooded, input_penalty, parameter_penalty
 from kxexplain.learning.scheduler import GradientSchedule
 from kxexplain.learning.schedules import Schedule
@@ -43,6 +47,11 @@ from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import fit, train
 from kxexplain.search import GradientIndex, Neighbors
 from kxexplain.trajectory import Objective, Recorder, Trajectory, import_checkpoints, record
+
+if TYPE_CHECKING:
+    from kxexplain.learning.estimators import PathKernelClassifier, PathKernelRegressor
+    from kxexplain.learning.network_kernel import NetworkKernel
+    from kxexplain.learning.tangent_features import TangentFeatures
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - grouped by what they are for
@@ -58,7 +67,11 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     # kernels
     "tangent_kernel", "path_kernel",
     # search and compare
-    "GradientIndex", "Neighbors", "compare_svm", "Comparison",
+    "GradientIndex", "Neighbors", "compare_svm", "Comparison", "KernelRow",
+    "alpha_variation", "AlphaVariation", "dual_coefficients", "DualForm",
+    "additive_guess", "AdditiveGuess",
+    # kernel machines, and scikit-learn's side
+    "KernelMachine", "NetworkKernel", "TangentFeatures", "PathKernelClassifier", "PathKernelRegressor",
     # data
     "datasets",
     # errors and the warning
@@ -66,11 +79,20 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "TargetError", "TrainingError", "TrajectoryError", "UnattributedWarning", "IncompleteWarning",
 ]  # fmt: skip
 
+LATE = {
+    "PathKernelClassifier": "kxexplain.learning.estimators",
+    "PathKernelRegressor": "kxexplain.learning.estimators",
+    "NetworkKernel": "kxexplain.learning.network_kernel",
+    "TangentFeatures": "kxexplain.learning.tangent_features",
+    "plot_bounds": "kxexplain.plots",
+    "plot_training": "kxexplain.plots",
+}
+"""What takes scikit-learn or matplotlib, a second to import each: imported when it is asked for."""
+
 
 def __getattr__(name: str) -> Any:
-    """The pictures, which take matplotlib, are loaded when they are asked for."""
-    if name in ("plot_bounds", "plot_training"):
-        from kxexplain import plots
+    if name not in LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return getattr(plots, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(LATE[name]), name)

@@ -317,11 +317,18 @@ def test_neighbors_with_a_kept_index(run: Path) -> None:
 
 
 def test_compare(run: Path) -> None:
-    found = read("compare", run, "--limit", "50", "--C", "2", "--out", "why")
+    found = read("compare", run, "--limit", "50", "--queries", "6", "--out", "why")
     assert found["train_examples"] == 50
+    assert [row["kernel"] for row in found["kernels"]] == ["path", "start", "middle", "end", "rbf", "linear"]
+    assert found["alphas"]["network_accuracy"] >= 0
+    assert json.loads(Path("why/comparison.json").read_text())["agreement"] == found["agreement"]
     assert 0 <= found["agreement"] <= 1
     assert Path("why/comparison.png").stat().st_size > 5000
-    assert "same prediction" in ok("compare", run)
+    said = ok("compare", run, "--limit", "40", "--against", "rbf,end", "--queries", "0")
+    assert "same prediction" in said
+    assert "tangent, final" in said
+    assert "tangent" not in ok("compare", run, "--limit", "40", "--C", "2", "--against", "none", "--queries", "0")
+    assert "against" in fails(1, "compare", run, "--against", "poly")
     assert "neither path nor tangent" in fails(2, "compare", run, "--kernel", "poly")
     assert "C=-1" in fails(1, "compare", run, "--C", "-1")
 

@@ -219,10 +219,12 @@ def test_neighbors(kind: str, tmp_path: Path) -> None:
 
 def test_comparison(tmp_path: Path) -> None:
     trajectory, model, data = problem((5,), tmp_path / "run")
-    comparison = compare_svm(trajectory, model, data, data)
+    comparison = compare_svm(trajectory, model, data, data, against=["end", "rbf"], queries=6)
     figure = plot_comparison(comparison, classes=("ant", "bee", "cat"))
     saved(figure, tmp_path)
     said = texts(figure)
+    assert "An SVM on each kernel" in said
+    assert any("Largest |α_i|" in text for text in said)
     assert f"{comparison.network_accuracy:.1%}" in said
     assert any(f"{comparison.correlation:.3f}" in text for text in said)
     assert not overlaps(figure)

@@ -75,7 +75,7 @@ def run(out: Path, console: Console, *, epochs: int, seed: int, progress: bool) 
     found = GradientIndex.build(trajectory, model, data.train).search(queries, TOP)
     files += draw(found, out, numbers, data)
     _tell_neighbours(console, found, chosen)
-    comparison = compare_svm(trajectory, model, data.train, data.test)
+    comparison = compare_svm(trajectory, model, data.train, data.test, against=(), queries=0)
     comparison.plot(out / "comparison.png")
     _tell_svm(console, comparison)
     files += [out / "comparison.png", out / "summary.json"]

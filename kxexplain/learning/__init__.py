@@ -1,4 +1,4 @@
-"""The learning: a trainer that records, and the comparison with an SVM on the network's own kernel.
+"""The learning: a trainer that records, comparison with SVMs, kernel machines, kernels for scikit-learn.
 
 ``rates`` has the learning rates' formulas, ``schedules`` and ``scheduler`` apply them, ``objectives`` what is minimised
 beside the loss, ``bounds`` and ``diagnostics`` what theory says of a run.

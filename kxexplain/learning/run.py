@@ -105,7 +105,7 @@ class Run:
 
     def sizes(self) -> list[Tensor]:
         """One batch of each size: the first, and the first epoch's last if that is smaller."""
-        batches = torch.split(_permutation(self.examples, self.seed, 0), self.batch_size)
+        batches = torch.split(permutation(self.examples, self.seed, 0), self.batch_size)
         return [batches[0], *batches[1:][-1:]] if self.examples % self.batch_size else [batches[0]]
 
     def train(self, *, progress: bool) -> None:
@@ -128,7 +128,7 @@ class Run:
 
     def _left(self, epoch: int) -> Iterator[Tensor]:
         """The epoch's batches of indices that are still to come."""
-        order = _permutation(self.examples, self.seed, epoch)
+        order = permutation(self.examples, self.seed, epoch)
         done = max(0, self.start - epoch * self.batches)
         return iter(torch.split(order, self.batch_size)[done:])
 
@@ -182,7 +182,11 @@ class Run:
         return {"scheduler": self.scheduler.state_dict(), "ended": self.ended}
 
 
-def _permutation(examples: int, seed: int, epoch: int) -> Tensor:
+NO_EPOCH = 1 << 31
+"""Stands for an epoch's number where examples are drawn for something else than training."""
+
+
+def permutation(examples: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch's examples: a function of its arguments alone."""
     mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
     return torch.randperm(examples, generator=torch.Generator().manual_seed(int(mixed)))

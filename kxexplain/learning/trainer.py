@@ -240,8 +240,8 @@ def _optimizer(given: Any, model: nn.Module, schedule: Schedule | None) -> Optim
 def _check_numbers(**numbers: int) -> None:
     for name, value in numbers.items():
         least = 0 if name == "seed" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name} must be an integer >= {least}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 63:
+            raise ArgumentError(f"{name} must be an integer >= {least} of at most 63 bits, got {value!r}")
 
 
 def _check_scheduler(scheduler: Any, optimizer: Optimizer) -> str | None:

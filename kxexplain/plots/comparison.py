@@ -1,4 +1,4 @@
-"""The network beside the support vector machine: accuracies, margins, and where they part."""
+"""The network beside the support vector machine: accuracies, margins, where they part, and other kernels."""
 
 from __future__ import annotations
 
@@ -10,22 +10,29 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 
 from kxexplain.learning.comparison import Comparison
-from kxexplain.plots.style import DOWN, FAINT, INK, SOFT, UP, heading, new_figure, tidy, title
+from kxexplain.plots.examples import Gallery
+from kxexplain.plots.kernels import draw_accuracies, draw_measures, draw_parted, draw_weights
+from kxexplain.plots.style import DOWN, FAINT, INK, SOFT, UP, heading, new_figure, parts, tidy, title
 
 DENSITY = LinearSegmentedColormap.from_list("density", ["#DCE9F4", "#5B9BD0", "#0B3F70"])
 MOST_CLASSES = 12
 """With more classes the cells of the table are not labelled."""
 
 
-def plot_comparison(comparison: Comparison, *, classes: Sequence[str] | None = None) -> Figure:
+def plot_comparison(
+    comparison: Comparison, *, classes: Sequence[str] | None = None, image_shape: Sequence[int] | None = None
+) -> Figure:
     """Draw a network beside an SVM on its own kernel.
 
     From left to right: both accuracies and the share of equal predictions; the SVM's decision values against the
-    network's margins, for all test examples and pairs of classes; how often each predicts what.
+    network's margins, for all test examples and pairs of classes; how often each predicts what. Below, where more
+    kernels were compared: an SVM's accuracy on each; how they are aligned with the labels; the SVM's weights against
+    the network's α. At the bottom, where inputs are pictures: test examples that the two read differently.
 
     Args:
         comparison: what :func:`kxexplain.learning.svm.compare_svm` found.
         classes: the class numbers' meanings.
+        image_shape: (height, width) or (channels, height, width) of inputs that are pictures, if not found out.
 
     >>> import tempfile, torch, kxexplain as kx
     >>> from kxexplain.learning.svm import compare_svm
@@ -33,16 +40,30 @@ def plot_comparison(comparison: Comparison, *, classes: Sequence[str] | None = N
     >>> trajectory = kx.train(model, data.train, epochs=2, out=tempfile.mkdtemp(), progress=False)
     >>> figure = plot_comparison(compare_svm(trajectory, model, data.train, data.test))
     """
-    figure = new_figure(4.3)
+    gallery = Gallery.of(comparison.test, None, image_shape, classes) if comparison.test is not None else None
+    heights = [4.3]
+    more = len(comparison.kernels) > 1 or comparison.alphas is not None
+    pictures = gallery is not None and gallery.kind == "image" and len(comparison.parted) > 0
+    heights += ([0.9 + 0.4 * max(6, len(comparison.kernels))] if more else []) + ([1.9] if pictures else [])
+    figure = new_figure(sum(heights))
     same = f"{comparison.agreement:.1%}"
     heading(
         figure, f"Network and SVM on its {comparison.kernel} kernel: the same prediction for {same} of "
         f"{len(comparison.labels):,} test examples", size=13,
     )  # fmt: skip
-    left, centre, right = figure.subplots(1, 3, width_ratios=[0.8, 1.25, 1.25])
+    rows = parts(figure, heights)
+    left, centre, right = rows[0].subplots(1, 3, width_ratios=[0.8, 1.25, 1.25])
     _draw_shares(left, comparison)
     _draw_margins(centre, comparison)
     _draw_table(right, comparison, classes)
+    if more:
+        left, centre, right = rows[1].subplots(1, 3)
+        draw_accuracies(left, comparison)
+        draw_measures(centre, comparison)
+        draw_weights(right, comparison)
+    if pictures:
+        assert gallery is not None
+        draw_parted(rows[-1], comparison, gallery)
     return figure
 
 

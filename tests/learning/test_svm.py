@@ -31,6 +31,11 @@ def blobs(n: int, classes: int = 3, d: int = 4, seed: int = 0) -> TensorDataset:
     return TensorDataset(torch.from_numpy(points), torch.from_numpy(labels))
 
 
+def plainly(*given: Any, **options: Any) -> Comparison:
+    """The comparison on the one kernel alone."""
+    return compare_svm(*given, **{"against": (), "queries": 0, **options})
+
+
 def trained(model: nn.Module, data: Any, out: Path, loss: str = "cross_entropy") -> Trajectory:
     return train(model, data, loss, epochs=3, batch_size=8, out=out / "run", progress=False)
 
@@ -48,7 +53,7 @@ def test_of_a_linear_network_it_is_the_linear_svm(tmp_path: Path, kernel: Any, b
     # K(x, x') is proportional to x·x' (+ 1 with biases) all along training; dividing by the mean diagonal takes the
     # factor away, whatever learning rate, steps and number of outputs made it.
     model, data, test = nn.Linear(4, 3, bias=bias).double(), blobs(45), blobs(60, seed=1)
-    found = compare_svm(trained(model, data, tmp_path), model, data, test, C=2.0, kernel=kernel)
+    found = plainly(trained(model, data, tmp_path), model, data, test, C=2.0, kernel=kernel)
     x, y = (t.numpy() for t in data.tensors)
     x_test = test.tensors[0].numpy()
     if bias:
@@ -63,14 +68,14 @@ def test_of_a_linear_network_it_is_the_linear_svm(tmp_path: Path, kernel: Any, b
 def test_the_scale_is_the_mean_diagonal_of_a_symmetric_positive_gram_matrix(linear: Any) -> None:
     trajectory, model, data, test = linear
     gram = path_kernel(trajectory, model, data.tensors[0])
-    found = compare_svm(trajectory, model, data, test)
+    found = plainly(trajectory, model, data, test)
     torch.testing.assert_close(gram, gram.T)
     assert torch.linalg.eigvalsh(gram).min() > -1e-9 * gram.diagonal().max()
     assert found.scale == pytest.approx(float(gram.diagonal().mean()))
 
 
 def test_margins_and_decisions_of_three_classes_speak_for_the_first_of_a_pair(linear: Any) -> None:
-    found = compare_svm(*linear)
+    found = plainly(*linear)
     assert found.margins.shape == found.decisions.shape == (60, 3)  # pairs (0, 1), (0, 2), (1, 2)
     outputs = linear[1](linear[3].tensors[0])
     torch.testing.assert_close(found.margins[:, 1], (outputs[:, 0] - outputs[:, 2]).detach())
@@ -84,7 +89,7 @@ def test_of_two_classes_too(tmp_path: Path, outputs: int) -> None:
     torch.manual_seed(0)
     model, data = nn.Linear(4, outputs).double(), blobs(40, classes=2)
     loss = "logistic" if outputs == 1 else "cross_entropy"
-    found = compare_svm(trained(model, data, tmp_path, loss), model, data, blobs(30, 2, seed=1))
+    found = plainly(trained(model, data, tmp_path, loss), model, data, blobs(30, 2, seed=1))
     assert found.margins.shape == found.decisions.shape == (30, 1)
     assert found.classes.tolist() == [0, 1]
     assert torch.equal(found.margins[:, 0] > 0, found.network == 0)
@@ -96,12 +101,12 @@ def test_of_two_classes_too(tmp_path: Path, outputs: int) -> None:
 def test_signs_are_classes_where_the_loss_takes_them_so(tmp_path: Path) -> None:
     model, data, test = nn.Linear(4, 1).double(), blobs(40, classes=2), blobs(20, 2, seed=1)
     data, test = (TensorDataset(x, 2.0 * y - 1) for x, y in (data.tensors, test.tensors))
-    found = compare_svm(trained(model, data, tmp_path, "hinge"), model, data, test)
+    found = plainly(trained(model, data, tmp_path, "hinge"), model, data, test)
     assert set(found.labels.tolist()) == {0, 1}
 
 
 def test_accuracies_agreement_and_report(linear: Any) -> None:
-    found = compare_svm(*linear)
+    found = plainly(*linear)
     labels = linear[3].tensors[1]
     assert found.network_accuracy == pytest.approx(float((found.network == labels).double().mean()))
     assert found.svm_accuracy == pytest.approx(float((found.svm == labels).double().mean()))
@@ -115,10 +120,10 @@ def test_accuracies_agreement_and_report(linear: Any) -> None:
 
 def test_what_it_was_given_stays_as_it_was_and_weights_come_from_the_trajectory(linear: Any) -> None:
     trajectory, model, data, test = linear
-    first = compare_svm(*linear)
+    first = plainly(*linear)
     other = copy.deepcopy(model).train()
     nn.init.zeros_(other.weight)
-    found = compare_svm(trajectory, other, data, test)
+    found = plainly(trajectory, other, data, test)
     assert torch.equal(found.network, first.network)
     assert torch.equal(found.decisions, first.decisions)
     assert other.training
@@ -133,7 +138,7 @@ def test_a_sample_keeps_the_proportions_and_is_seeded(linear: Any) -> None:
     assert torch.equal(chosen, stratified(labels, 50))
     assert not torch.equal(chosen, stratified(labels, 50, seed=1))
     assert stratified(torch.tensor([0] * 99 + [1]), 2).tolist()[-1] == 99  # a class of one is not lost
-    found = compare_svm(*linear, limit=20)
+    found = plainly(*linear, limit=20)
     assert len(found.examples) == 20
     assert set(found.support.tolist()) <= set(found.examples.tolist())
 
@@ -142,7 +147,7 @@ def test_the_tangent_kernel_is_the_last_states(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, data = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double(), blobs(30)
     trajectory = trained(model, data, tmp_path)
-    found = compare_svm(trajectory, model, data, data, kernel="tangent")
+    found = plainly(trajectory, model, data, data, kernel="tangent")
     assert found.scale == pytest.approx(float(tangent_kernel(model, data.tensors[0]).diagonal().mean()))
 
 
@@ -159,10 +164,13 @@ def test_errors_come_before_work(linear: Any, tmp_path: Path) -> None:
         ({"C": 0.0}, ArgumentError, "C=0.0"),
         ({"limit": 2}, ArgumentError, "at least 3"),
         ({"limit": 0}, ArgumentError, "limit=0"),
+        ({"against": ["poly"]}, ArgumentError, "against"),
+        ({"against": "rbf"}, ArgumentError, "as a list"),
+        ({"queries": -1}, ArgumentError, "queries=-1"),
     ):
         given = {"trajectory": trajectory, "model": model, "train": data, "test": test} | wrong
         with pytest.raises(kind, match=message):
-            compare_svm(**given)
+            plainly(**given)
 
 
 def test_one_class_and_regression_are_refused(tmp_path: Path) -> None:
@@ -170,11 +178,11 @@ def test_one_class_and_regression_are_refused(tmp_path: Path) -> None:
     alike = TensorDataset(x, torch.zeros(20, dtype=torch.int64))
     model = nn.Linear(4, 2).double()
     with pytest.raises(DatasetError, match="two classes"):
-        compare_svm(trained(model, alike, tmp_path), model, alike, alike)
+        plainly(trained(model, alike, tmp_path), model, alike, alike)
     numbers = TensorDataset(x, x[:, :1])
     regressor = nn.Linear(4, 1).double()
     with pytest.raises(DatasetError, match="no classes"):
-        compare_svm(trained(regressor, numbers, tmp_path / "b", "mse"), regressor, numbers, numbers)
+        plainly(trained(regressor, numbers, tmp_path / "b", "mse"), regressor, numbers, numbers)
 
 
 def test_a_constant_decision_has_no_correlation() -> None:
@@ -182,6 +190,7 @@ def test_a_constant_decision_has_no_correlation() -> None:
     flat = Comparison(
         classes=torch.tensor([0, 1]), labels=ones, network=ones, svm=ones, margins=torch.ones(2, 1),
         decisions=torch.ones(2, 1), support=ones, examples=ones, scale=1.0, kernel="path", C=1.0,
+        weights=torch.ones(2),
     )  # fmt: skip
     assert flat.correlation != flat.correlation
     assert flat.summary()["correlation"] is None
