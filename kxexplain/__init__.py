@@ -33,7 +33,7 @@ from kxexplain.kernels import path_kernel, tangent_kernel
 from kxexplain.learning.comparison import Comparison
 from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import train
-from kxexplain.search import GradientIndex, Neighbors
+from kxexplain.search import GradientIndex, Neighbors, dim_for_recall, self_influence
 from kxexplain.trajectory import Recorder, Trajectory, import_checkpoints, record
 
 __version__ = "0.1.0"
@@ -45,7 +45,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     # kernels
     "tangent_kernel", "path_kernel",
     # search and compare
-    "GradientIndex", "Neighbors", "compare_svm", "Comparison",
+    "GradientIndex", "Neighbors", "dim_for_recall", "self_influence", "compare_svm", "Comparison",
     # data
     "datasets",
     # errors and the warning

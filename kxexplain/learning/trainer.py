@@ -19,6 +19,7 @@ from kxexplain.errors import ArgumentError, TrainingError
 from kxexplain.learning.interrupts import interrupts
 from kxexplain.learning.progress import Progress
 from kxexplain.learning.resume import restored
+from kxexplain.search.recording import FeatureRecorder
 from kxexplain.trajectory import LossFunction, Recorder, Trajectory, rng
 from kxexplain.trajectory import keep as keeping
 from kxexplain.trajectory.clipping import Clipping
@@ -49,6 +50,7 @@ def train(
     scheduler: LRScheduler | None = None,
     clip_norm: float | None = None,
     clip_value: float | None = None,
+    features: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -75,6 +77,9 @@ def train(
         clip_value: largest size of an element of a step's gradient, clamped as torch's ``clip_grad_value_`` does. A
             clamp is no sum over the examples: their shares are those of the gradient as it was before, and what the
             clamp took away from it is the bill's line "unattributed".
+        features: collect gradient features of so many dimensions while training, so that the retrieval index needs no
+            pass of its own: it is written to ``out``/index, for ``kx.GradientIndex.load``. For SGD without momentum;
+            of other optimisers ``GradientIndex.build`` makes an index afterwards. Not with a budget of bytes.
         resume: go on from the last state in ``out``, to the result of an uninterrupted run; start
             if there is none, and return a finished run as it is.
         overwrite: replace a trajectory that ``out`` holds.
@@ -112,16 +117,22 @@ def train(
         )  # fmt: skip
         recorder = Recorder(model, ready, manifest, policy, path=path, loss=loss, dataset=dataset, overwrite=overwrite)
         run = _Run(model, ready, scheduler, recorder, loss=resolve(loss)[1])
+        if features is not None:
+            run.features = FeatureRecorder(model, manifest, policy, dataset, features, run.batches)
         if resume and is_trajectory(path):
             old = Trajectory.open(path, loss if callable(loss) else None)
             old.check_model(model)
             check_same(old.manifest, manifest, stepped=scheduler is not None)
             if run.restore(old):
+                if run.features is not None:
+                    run.features.complete(recorder.path, loss, own_class(ready))
                 return Trajectory.open(path, loss if callable(loss) else None, own_class(ready))
         else:
             check_free(path, overwrite=overwrite)
             rehearse(model, manifest, dataset, run.sizes(), run.loss, own_class(ready))
         run.train(progress=progress)
+        if run.features is not None:
+            run.features.complete(recorder.path, loss, own_class(ready))
     return recorder.trajectory
 
 
@@ -145,6 +156,7 @@ class _Run:
         self.batch_size: int = manifest.settings["batch_size"]
         self.examples = manifest.dataset.count
         self.clipping = Clipping.noted(manifest.settings)
+        self.features: FeatureRecorder | None = None
         self.clip = 1.0
         """What the present step's gradient was multiplied by."""
         self.batches = math.ceil(self.examples / self.batch_size)
@@ -230,15 +242,21 @@ class _Run:
     def _advance(self, indices: Tensor) -> float:
         """Make a step; returns its loss."""
         inputs, targets = self.recorder.fetch(indices)
-        result = forward(self.model, inputs, targets, loss=self.loss, reduction="mean")
+        watch = None if self.features is None else self.features.watch(inputs)
+        around = None if watch is None else watch.forward(inputs)
+        result = forward(self.model, inputs, targets, loss=self.loss, reduction="mean", around=around)
         value = result.total.item()
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss at step {self.recorder.position} is {value}; training stopped there, and the trajectory is "
                 "good up to its last state. Lower the learning rate, or check the data"
             )
-        found = gradients(result.total, self.parameters)[0]
+        found, at_edges = gradients(result.total, self.parameters, [] if watch is None else watch.edges(*result))
         self.clip = self.clipping.factor(found)
+        if watch is not None and self.features is not None:
+            watch.collect(at_edges)
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            self.features.take(watch, self.recorder.position, indices, [float(r) for r in rates], self.clip)
         assign(self.parameters, self.clipping.applied(found, self.clip))
         self.optimizer.step()
         return value

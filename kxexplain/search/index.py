@@ -20,7 +20,7 @@ from kxexplain.gradients.projection import Projection
 from kxexplain.search import files
 from kxexplain.search.building import HUGE, Parts, Plan, Shard
 from kxexplain.search.features import Asking
-from kxexplain.search.looking import chosen_rows, id_list, look_up, rows_of
+from kxexplain.search.looking import chosen_rows, id_list, look_up, pair_of, rows_of
 from kxexplain.search.neighbors import Hits, Neighbors
 from kxexplain.search.sketches import Found, Sketches, block_list
 from kxexplain.search.updates import projection_for, update_features
@@ -372,12 +372,8 @@ class GradientIndex:
         """FAISS' indices of products and of cosines; ``None`` where the features are scanned."""
         if self.factory == FLAT or not len(self):
             return None
-        sides = (self.sketches.rows, self.sketches.directions)
-        influence, nearest = (
-            Vectors(rows, len(self), self.projection.dim, self.factory, stored=self.stored.pop(name, None))
-            for rows, name in zip(sides, files.FAISS_FILES, strict=True)
-        )
-        return influence, nearest
+        stored = [self.stored.pop(name, None) for name in files.FAISS_FILES]
+        return pair_of(self.sketches, self.factory, stored)
 
     @cached_property
     def _asking(self) -> Asking:

@@ -48,6 +48,16 @@ def _best(scores: Tensor, rows: Tensor, k: int, *, largest: bool = True) -> Foun
     return Found(top.values[None], rows[top.indices][None])
 
 
+def pair_of(sketches: Sketches, factory: str, stored: Sequence[bytes | None] = (None, None)) -> tuple[Vectors, Vectors]:
+    """FAISS' indices of products and of cosines, built or from their bytes."""
+    n, dim = sketches.units.shape
+    lengths = sketches.norms.norm(dim=1)
+    return (
+        Vectors(sketches.rows, n, dim, factory, lengths=lengths, stored=stored[0]),
+        Vectors(sketches.directions, n, dim, factory, stored=stored[1]),
+    )
+
+
 def chosen_rows(sketches: Sketches, labels: Any, ids: Any) -> Tensor | None:
     """The rows whose example has one of these labels and is one of these; ``None`` for all.
 
