@@ -2,7 +2,8 @@
 
 * Recall@10 of the exact proponents: of candidates alone and re-ranked (100 candidates), by dimension, number type and
   kind of FAISS index; beside it an index of raw pixels and one of penultimate features, whose largest inner products
-  and cosines stand for proponents. MLP 784-128-64-10 ReLU, SGD 0.1, batch 64, 15 epochs, 200 queries, the label's logit.
+  and cosines stand for proponents. MLP 784-128-64-10 ReLU, SGD 0.1, batch 64, 15 epochs, 200 queries, the label's
+  logit.
 * A tenth of the labels flipped: area under the curve of self-influence, of the final loss, of the largest-margin error
   of the final model, and of the loss summed over the epochs' states.
 
