@@ -1,7 +1,7 @@
 """Fashion-MNIST's 60,000 images: building the index against training, its size, and the latency of single queries.
 
-MLP 784-128-64-10 ReLU, SGD 0.1, batch 64, some epochs with a state each; index of 512 dimensions in float32 and float16,
-the automatic choice and the exact scan. A query's time includes its gradients and all three lists (proponents,
+MLP 784-128-64-10 ReLU, SGD 0.1, batch 64, some epochs with a state each; an index of 512 dimensions, by the automatic
+choice and by the exact scan. A query's time includes its gradients and all three lists (proponents,
 opponents, nearest); beside it the same queries answered exactly, over all examples, by ``kx.explain``.
 
     .venv/bin/python tests/benchmarks/fashion_retrieval.py [--epochs 3] [--queries 40] [--threads 1]

@@ -167,7 +167,7 @@ COMPLETE = ("PQ32x4fs", "SQ8")
 """Kinds that look at every code: a third of the rows, looked at exactly, hold the ten largest."""
 
 
-@pytest.mark.parametrize("factory", ["PQ32x4fs", "HNSW16", "IVF16,Flat", "IVF16,PQ32x4", "SQ8"])
+@pytest.mark.parametrize("factory", ["PQ32x4fs", "HNSW16", "IVF16,Flat", "SQ8"])
 def test_candidates_of_faiss_are_looked_at_exactly(factory: str) -> None:
     """Scores, and the scan's lists, as NumPy gives them, for lengths that differ by orders of magnitude."""
     rows = torch.randn(3000, 64) * torch.randn(3000, 1).mul(0.7).exp()
