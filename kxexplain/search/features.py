@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from kxexplain.attribution.queries import QuerySide
-from kxexplain.attribution.targets import TargetSpec, resolve_target
+from kxexplain.attribution.targets import ResolvedTarget, TargetSpec, resolve_target
 from kxexplain.attribution.walk import Segment, bounds
 from kxexplain.errors import ArgumentError
 from kxexplain.gradients.discrete import Secant
@@ -56,15 +56,28 @@ def query_features(
     segments: Iterable[Segment], side: QuerySide, projection: Projection
 ) -> Float32[Tensor, "query dim"]:
     """Features of queries about one number each; on the CPU."""
-    features = torch.zeros(side.rows, projection.dim)
+    return sketched(segments, side, projection, 1)[:, 0]
+
+
+def sketched(
+    segments: Iterable[Segment], side: QuerySide, projection: Projection, columns: int
+) -> Float32[Tensor, "query c dim"]:
+    """Features of queries about some numbers each; on the CPU."""
+    features = torch.zeros(side.rows, columns, projection.dim)
     with torch.random.fork_rng(devices=[]):
         for segment in segments:
-            columns = features[:, projection.columns(segment.number)]
+            place = features[..., projection.columns(segment.number)]
             for rows in side.chunks():
                 for weight, secant in side.secants(segment.start, segment.end, rows):
-                    sketches = _sketch(secant, projection, segment.number)[:, 0] * weight
-                    columns[rows] += sketches.to("cpu", torch.float32)
+                    sketches = _sketch(secant, projection, segment.number) * weight
+                    place[rows] += sketches.to("cpu", torch.float32)
     return features
+
+
+def _both(one: ResolvedTarget, other: ResolvedTarget) -> ResolvedTarget:
+    """Two numbers about every query, from one pass through the model."""
+    select = lambda values, rows: torch.cat([one.select(values, rows), other.select(values, rows)], 1)  # noqa: E731
+    return ResolvedTarget(f"{one.name}, {other.name}", select, None, 2)
 
 
 def _sketch(secant: Secant, projection: Projection, segment: int) -> Tensor:
@@ -142,14 +155,17 @@ class Asking:
         outputs, loss = side.prediction, self.trajectory.loss if target == "loss" else None
         asked = replace(side, target=resolve_target(target, outputs, side.labels, loss, side.shape))
         losses, measure = descent(self.trajectory, side)
-        features = self._features(asked)
-        pushes = features if losses is None else -self._features(losses)
+        if losses is None:
+            features = pushes = self._features(asked, 1)[:, 0]
+        else:
+            found = self._features(replace(side, target=_both(asked.target, losses.target)), 2)
+            features, pushes = found[:, 0], -found[:, 1]
         return Asked(
             features, pushes, asked.target.name, measure, asked.target.output, side.labels, side.inputs
         )  # fmt: skip
 
-    def _features(self, side: QuerySide) -> Tensor:
-        features = query_features(self._along(side.prediction.device), side, self.projection)
+    def _features(self, side: QuerySide, columns: int) -> Tensor:
+        features = sketched(self._along(side.prediction.device), side, self.projection, columns)
         if not bool(features.isfinite().all()):
             raise ArgumentError("the queries' gradients are not finite; search for finite inputs and targets")
         return features
