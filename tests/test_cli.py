@@ -327,7 +327,7 @@ def test_index_built_searched_and_told_about(run: Path) -> None:
     found = read("index", "search", "index", run, "--queries", "0", "-k", "4", "--label", "1", "--out", "near")
     assert {hit["label"] for hit in found["queries"][0]["proponents"]} == {1}
     assert Path("near/neighbors-0.png").stat().st_size > 5000
-    assert "contribution" in ok("index", "search", "index", run, "--rerank", "0")
+    assert "opponent" in ok("index", "search", "index", run, "--rerank", "0")
     assert "--shard" in fails(2, "index", "build", run, "--out", "other", "--shard", "half")
     assert "at most" in fails(1, "index", "build", run, "--out", "other", "--shard", "3/999")
     assert "--label" in fails(2, "index", "search", "index", run, "--label", "seven")
