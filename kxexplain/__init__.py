@@ -45,7 +45,7 @@ from kxexplain.learning.scheduler import GradientSchedule
 from kxexplain.learning.schedules import Schedule
 from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import fit, train
-from kxexplain.search import GradientIndex, Neighbors
+from kxexplain.search import GradientIndex, Neighbors, dim_for_recall, self_influence
 from kxexplain.trajectory import Objective, Recorder, Trajectory, import_checkpoints, record
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     # kernels
     "tangent_kernel", "path_kernel",
     # search and compare
-    "GradientIndex", "Neighbors", "compare_svm", "Comparison", "KernelRow",
+    "GradientIndex", "Neighbors", "dim_for_recall", "self_influence", "compare_svm", "Comparison", "KernelRow",
     "alpha_variation", "AlphaVariation", "dual_coefficients", "DualForm",
     "additive_guess", "AdditiveGuess",
     # kernel machines, and scikit-learn's side

@@ -248,7 +248,7 @@ def test_optimisers_with_a_memory_are_itemised(optimizer: tuple[str, ...]) -> No
     assert line["queries"][0]["regularizer"] != pytest.approx(charged["queries"][0]["regularizer"], rel=1e-3)
     assert "unattributed" not in ok("explain", "run", "--queries", "0")
     assert read("verify", "run", "--examples", "2")["passed"] is True
-    assert "SGD without momentum" in fails(1, "neighbors", "run")
+    assert read("neighbors", "run", "--dim", "64", "-k", "3")["queries"][0]["proponents"][0]["contribution"] != 0
     assert "neither line nor charged" in fails(2, "explain", "run", "--decay", "spread")
 
 
@@ -314,6 +314,33 @@ def test_neighbors_with_a_kept_index(run: Path) -> None:
     top = first["queries"][0]["proponents"][0]
     assert top["example"] == bill["example"]
     assert top["contribution"] == pytest.approx(bill["contribution"], rel=1e-4)
+
+
+def test_index_built_searched_and_told_about(run: Path) -> None:
+    for shard in ("0/2", "1/2"):
+        assert "share" in ok("index", "build", run, "--out", "index", "--dim", "64", "--shard", shard)
+    made = read("index", "build", run, "--out", "index", "--dim", "64", "--dtype", "float16")
+    assert (made["examples"], made["factory"]) == (200, "Flat")
+    facts = read("index", "info", "index")
+    assert (facts["dim"], facts["dtype"], facts["bytes_an_example"]) == (64, "float16", 132)
+    assert "float16" in ok("index", "info", "index")
+    found = read("index", "search", "index", run, "--queries", "0", "-k", "4", "--label", "1", "--out", "near")
+    assert {hit["label"] for hit in found["queries"][0]["proponents"]} == {1}
+    assert Path("near/neighbors-0.png").stat().st_size > 5000
+    assert "opponent" in ok("index", "search", "index", run, "--rerank", "0")
+    assert "--shard" in fails(2, "index", "build", run, "--out", "other", "--shard", "half")
+    assert "at most" in fails(1, "index", "build", run, "--out", "other", "--shard", "3/999")
+    assert "--label" in fails(2, "index", "search", "index", run, "--label", "seven")
+    assert "no complete index" in fails(1, "index", "info", "nowhere")
+    Path("index/units.npy").write_bytes(b"")
+    assert "truncated or altered" in fails(1, "index", "search", "index", run)
+    for command in ("build", "search"):
+        assert "Example" in ok("index", command, "--help")
+
+
+def test_index_of_a_recall(run: Path) -> None:
+    made = read("index", "build", run, "--out", "index", "--recall", "0.9")
+    assert made["dim"] in (64, 128)
 
 
 def test_compare(run: Path) -> None:

@@ -19,7 +19,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,9 +27,9 @@ from torch import Tensor
 from kxexplain.attribution.ledger import Ledger, against
 from kxexplain.attribution.queries import QuerySide
 from kxexplain.attribution.rounding import cancelled, without
-from kxexplain.attribution.walk import Segment, bounds, pull_of, share_of, watch_of, watched
+from kxexplain.attribution.walk import Segment, bounds, mask_of, pull_of, share_of, watch_of, watched
 from kxexplain.gradients.discrete import Secant
-from kxexplain.gradients.factors import Factors, scale, size, wide
+from kxexplain.gradients.factors import Factors, scale, size, take, wide
 from kxexplain.gradients.pile import Pile
 from kxexplain.gradients.products import against_dense
 from kxexplain.shapes import Tensors
@@ -45,7 +45,7 @@ def borders(replayer: Replayer, stride: int | None) -> list[int]:
 
 
 @dataclass
-class _Step:
+class Step:
     """What the backward pass must know of a step."""
 
     indices: Tensor
@@ -69,7 +69,7 @@ class _Step:
 
 
 @dataclass
-class _Stretch:
+class Stretch:
     """Steps of one segment, and what their recursions do not account for.
 
     Attributes:
@@ -81,37 +81,41 @@ class _Stretch:
     """
 
     segment: int
-    steps: list[_Step] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     left: Tensors = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
     buffers: Tensors = field(default_factory=dict)
 
 
-class BackwardWalk:
-    """Goes along a trajectory from its end to its start, stretch by stretch, each replayed forward from a state.
+class Stretches:
+    """Replays a trajectory stretch by stretch, the last one first, each forward from a recorded state.
 
     Args:
         replayer: entered, at no particular position.
-        side: the queries.
+        names: parameters and buffers whose movement is accounted for; ``buffers`` are those of them that are buffers.
+        budget: bytes that the steps' gradients may take.
         stride: steps per segment; the recorded states if ``None``.
         jacobian: also collect output gradients (for C × C kernels).
-        charge: weight decay is charged to the updates that it erodes, instead of being a line of its own.
+        examples: only these dataset indices are collected, all if ``None``.
         tick: called after every replayed step.
     """
 
     def __init__(
         self,
         replayer: Replayer,
-        side: QuerySide,
+        names: list[str],
+        buffers: set[str],
+        budget: int,
         *,
         stride: int | None = None,
         jacobian: bool = False,
-        charge: bool = False,
+        examples: Tensor | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self.replayer, self.side, self.jacobian, self.tick = replayer, side, jacobian, tick
-        self.charge = charge
+        self.replayer, self.names, self.buffers = replayer, names, buffers
+        self.jacobian, self.tick = jacobian, tick
         self.trajectory = replayer.trajectory
+        self.wanted: Tensor | None = None
         self.recorded = [state.step for state in self.trajectory.states]
         self.bounds = borders(replayer, stride)
         self.clipping = Clipping.noted(self.trajectory.manifest.settings)
@@ -122,20 +126,16 @@ class BackwardWalk:
         self._piles: dict[str, Pile] = {}
         self.piece = 0
         probe = self._step(replayer, replayer.copy_state(), self._moments(replayer))
-        self.piece = max(1, (side.budget // 2) // probe.bytes)
+        self.piece = max(1, (budget // 2) // max(1, probe.bytes))
         """Steps whose gradients are held at once."""
+        self.wanted = mask_of(self.trajectory, examples)
 
     @property
     def drift(self) -> float | None:
         """How far replay has come off the recorded states."""
         return self.replayer.drift
 
-    def visit(self, ledger: Ledger) -> None:
-        """Fill in the ledger."""
-        for rows in self._portions():
-            _Costate(self, ledger, rows).run()
-
-    def stretches(self) -> Iterator[tuple[_Stretch, Segment]]:
+    def stretches(self) -> Iterator[tuple[Stretch, Segment]]:
         """The trajectory's stretches with their segments, last first."""
         for first, last in reversed(list(pairwise(self.recorded))):
             states: dict[int, Tensors] = {}
@@ -143,15 +143,7 @@ class BackwardWalk:
                 start, end = self.bounds[stretch.segment : stretch.segment + 2]
                 yield stretch, Segment(stretch.segment, start, end, states[start], dict, states[end])
 
-    def _portions(self) -> list[slice]:
-        """Queries in portions whose dense co-states fit the budget."""
-        q, c = self.side.prediction.shape
-        elements = sum(p.numel() for p in self.parameters.values())
-        each = 4 * c * elements * self.side.prediction.element_size()
-        count = max(1, min(q, self.side.chunk, (self.side.budget // 2) // each))
-        return [slice(at, min(at + count, q)) for at in range(0, q, count)]
-
-    def _interval(self, first: int, last: int, states: dict[int, Tensors]) -> Iterator[_Stretch]:
+    def _interval(self, first: int, last: int, states: dict[int, Tensors]) -> Iterator[Stretch]:
         """Stretches between two recorded states, last first; fills in the states at the borders between them."""
         self.replayer.seek(first)
         if last - first <= self.piece:
@@ -172,7 +164,7 @@ class BackwardWalk:
         if self.bounds[bisect_left(self.bounds, step)] == step:
             states[step] = replayer.copy_state()
 
-    def _captured(self, replayer: Replayer, first: int, last: int, states: dict[int, Tensors]) -> list[_Stretch]:
+    def _captured(self, replayer: Replayer, first: int, last: int, states: dict[int, Tensors]) -> list[Stretch]:
         """The stretches of some replayed steps."""
         for pile in self._piles.values():  # the piece before this one was dealt with
             pile.clear()
@@ -185,21 +177,21 @@ class BackwardWalk:
         self._note(replayer, last, states)
         return found
 
-    def _stretch(self, replayer: Replayer, number: int, end: int) -> _Stretch:
+    def _stretch(self, replayer: Replayer, number: int, end: int) -> Stretch:
         """Redo steps up to ``end``, and beside them the recursions on their own, from the same start."""
-        stretch, before, moments = _Stretch(number), replayer.copy_state(), self._moments(replayer)
+        stretch, before, moments = Stretch(number), replayer.copy_state(), self._moments(replayer)
         alone = {name: before[name].clone() for name in self.parameters}
         while replayer.position < end:
             stretch.steps.append(self._step(replayer, alone, moments))
             self.tick()
         after, actual = replayer.copy_state(), self._moments(replayer)
-        for name in self.side.names:
-            part = stretch.buffers if name in self.side.buffers else stretch.left
+        for name in self.names:
+            part = stretch.buffers if name in self.buffers else stretch.left
             part[name] = after[name] - alone.get(name, before[name])
         stretch.moments = {name: actual[name] - moments[name] for name in moments}
         return stretch
 
-    def _step(self, replayer: Replayer, alone: Tensors, moments: Tensors) -> _Step:
+    def _step(self, replayer: Replayer, alone: Tensors, moments: Tensors) -> Step:
         """Redo one step; ``alone`` and ``moments`` (parameters and moments) go on as the recursions say."""
         record, own = self.trajectory.steps[replayer.position], self._own(replayer)
         held = {name: dict(replayer.optimizer.state.get(p, {})) for name, p in own.items()}
@@ -233,11 +225,18 @@ class BackwardWalk:
         for name, stray in rest.items():  # found was replaced by what the shares add up to
             stray = recursions[name].sign * sign * (stray + taken[name] - found[name])
             strays[name] = strays[name] + stray if name in strays else stray
-        rows, share = len(record.indices), share_of(self.trajectory, record)
+        share, indices, pull = share_of(self.trajectory, record), torch.as_tensor(record.indices), watch.pull
+        factors = without(watch.factors, masks)
         jacobian = None if watch.jacobian is None else scale(without(watch.jacobian, masks), dict.fromkeys(own, share))
-        return _Step(
-            torch.as_tensor(record.indices), self._moved("updates", without(watch.factors, masks), rows),
-            pull_of(watch.pull / -share), None if jacobian is None else self._moved("jacobian", jacobian, rows),
+        if self.wanted is not None:
+            kept = self.wanted[indices].nonzero().squeeze(1)
+            factors, indices, pull = take(factors, kept), indices[kept], pull[kept]
+            jacobian = None if jacobian is None else take(jacobian, kept)
+            factors = factors if len(kept) else []
+        rows = len(indices)
+        return Step(
+            indices, self._moved("updates", factors, rows),
+            pull_of(pull / -share), None if jacobian is None else self._moved("jacobian", jacobian, rows),
             sign, recursions, decaying, strays, penalty,
         )  # fmt: skip
 
@@ -246,7 +245,7 @@ class BackwardWalk:
 
         Were they left among what a step allocates and frees, each would keep a hole of that size from closing.
         """
-        if self.piece == 0 or not factors:
+        if self.piece == 0 or not factors or self.wanted is not None:
             return factors
         if kind not in self._piles:
             self._piles[kind] = Pile(factors, self.piece * rows)
@@ -261,6 +260,34 @@ class BackwardWalk:
         states = {name: replayer.optimizer.state.get(p, {}) for name, p in self._own(replayer).items()}
         held = {name: state.get(self.itemised.moment) for name, state in states.items()}
         return {name: value.detach().clone() for name, value in held.items() if isinstance(value, Tensor)}
+
+
+class BackwardWalk(Stretches):
+    """Goes along a trajectory from its end to its start with the queries' co-states.
+
+    Args:
+        replayer: entered, at no particular position.
+        side: the queries.
+        charge: weight decay is charged to the updates that it erodes, instead of being a line of its own.
+        options: of :class:`Stretches`.
+    """
+
+    def __init__(self, replayer: Replayer, side: QuerySide, *, charge: bool = False, **options: Any) -> None:
+        super().__init__(replayer, side.names, side.buffers, side.budget, **options)
+        self.side, self.charge = side, charge
+
+    def visit(self, ledger: Ledger) -> None:
+        """Fill in the ledger."""
+        for rows in self._portions():
+            _Costate(self, ledger, rows).run()
+
+    def _portions(self) -> list[slice]:
+        """Queries in portions whose dense co-states fit the budget."""
+        q, c = self.side.prediction.shape
+        elements = sum(p.numel() for p in self.parameters.values())
+        each = 4 * c * elements * self.side.prediction.element_size()
+        count = max(1, min(q, self.side.chunk, (self.side.budget // 2) // each))
+        return [slice(at, min(at + count, q)) for at in range(0, q, count)]
 
 
 Mixture: TypeAlias = tuple[Coefficient, Coefficient, Coefficient]
@@ -317,7 +344,7 @@ class _Costate:
         with torch.random.fork_rng(devices=[]):
             self.secants = self.walk.side.secants(segment.start, segment.end, self.rows)
 
-    def _step(self, step: _Step, segment: Segment) -> None:
+    def _step(self, step: Step, segment: Segment) -> None:
         gradient: dict[str, Mixture] = {}
         straight: dict[str, Mixture] = {}
         for name, by in step.recursions.items():
@@ -344,7 +371,7 @@ class _Costate:
             indices = step.indices.to(found.device)
             self.ledger.credit(segment, self.rows, indices, found, step.alpha.to(found.device), blocks)
 
-    def _leftovers(self, stretch: _Stretch, segment: Segment) -> None:
+    def _leftovers(self, stretch: Stretch, segment: Segment) -> None:
         """What the recursions do not account for, which enters at the stretch's end, and the buffers."""
         worth = {n: _sum((1.0, GRADIENT), (1.0, self.position.get(n, NONE))) for n in stretch.left}
         values = self._worth_of(stretch.left, worth) - self._kept_worth(stretch.moments)

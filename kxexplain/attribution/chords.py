@@ -8,7 +8,6 @@ chord leaves as it is was frozen, and no example's gradient moved it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +76,10 @@ class ChordWalk:
             self.layout = layout_of(self.model, inputs, self.parameters)
         self._visits = Visits()
 
-    def visit(self, visitor: Visitor) -> None:
-        """Go along all chords, telling the visitor."""
-        for number, (first, last) in enumerate(pairwise(self.bounds)):
+    def visit(self, visitor: Visitor, segments: range | None = None) -> None:
+        """Go along all chords, or those of some segments, telling the visitor."""
+        for number in range(len(self.bounds) - 1) if segments is None else segments:
+            first, last = self.bounds[number : number + 2]
             start = self.trajectory.state(first)
             segment = Segment(number, first, last, self._values(start), dict, self._values(self.trajectory.state(last)))
             movement = Movement()

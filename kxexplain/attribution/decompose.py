@@ -150,7 +150,14 @@ def contributions_of(
 ) -> Tensor:
     """Exact contributions of some examples only, [q, k], in the order given: re-ranks a search's candidates."""
     side = QuerySide.prepare(trajectory, model, queries, target, quadrature.rule("discrete"), parse_bytes("1GB"))
-    with forward_walk(trajectory, model, dataset, budget=side.budget // 2, examples=examples) as walk:
+    with ExitStack() as stack:
+        walk: Walk | ChordWalk | BackwardWalk
+        if remembers(trajectory, "line"):
+            walk = BackwardWalk(stack.enter_context(Replayer(trajectory, model, dataset)), side, examples=examples)
+        else:
+            walk = stack.enter_context(
+                forward_walk(trajectory, model, dataset, budget=side.budget // 2, examples=examples)
+            )
         ledger = Ledger(side, trajectory.manifest.dataset.count, len(walk.bounds) - 1, kernel=False, timeline=False)
         walk.visit(ledger)
     return ledger.contributions[:, examples, 0].to(side.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -143,6 +142,15 @@ def share_of(trajectory: Trajectory, record: StepRecord) -> float:
     return 1.0 / len(record.indices) if trajectory.manifest.reduction == "mean" else 1.0
 
 
+def mask_of(trajectory: Trajectory, examples: Tensor | None) -> Tensor | None:
+    """Which of all training examples are meant, [train]; ``None`` for all."""
+    if examples is None:
+        return None
+    mask = torch.zeros(trajectory.manifest.dataset.count, dtype=torch.bool)
+    mask[examples.cpu()] = True
+    return mask
+
+
 def is_steady(trajectory: Trajectory) -> bool:
     """Whether an example is served alike every time, and not augmented at random."""
     return not trajectory.manifest.dataset.random
@@ -191,10 +199,7 @@ class Walk:
         self.trajectory = replayer.trajectory
         self.bounds = bounds(self.trajectory, stride)
         self.recorded = {state.step for state in self.trajectory.states}
-        self.wanted: Tensor | None = None
-        if examples is not None:
-            self.wanted = torch.zeros(self.trajectory.manifest.dataset.count, dtype=torch.bool)
-            self.wanted[examples] = True
+        self.wanted = mask_of(self.trajectory, examples)
         self.parameters, self.layout = watched(replayer)
         replayer.seek(0)
         self._visits = Visits()
@@ -207,9 +212,13 @@ class Walk:
     def _split(self, step: int) -> Split | None:
         return split(self.trajectory.manifest.optimizer, self.trajectory.steps[step])
 
-    def visit(self, visitor: Visitor) -> None:
-        """Replay the whole trajectory, telling the visitor."""
-        for number, (first, last) in enumerate(pairwise(self.bounds)):
+    def visit(self, visitor: Visitor, segments: range | None = None) -> None:
+        """Replay the trajectory, or consecutive segments of it whose first begins at a recorded state."""
+        segments = range(len(self.bounds) - 1) if segments is None else segments
+        if len(segments) and self.replayer.position != self.bounds[segments.start]:
+            self.replayer.seek(self.bounds[segments.start])
+        for number in segments:
+            first, last = self.bounds[number : number + 2]
             segment = Segment(number, first, last, self.replayer.copy_state(), self._end_finder(last))
             movement = Movement()
             for _ in range(first, last):

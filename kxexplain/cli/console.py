@@ -99,7 +99,7 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def numbers(text: str, count: int) -> list[int]:
+def numbers(text: str, count: int, option: str = "--queries") -> list[int]:
     """The numbers that ``0,5,9`` or ``0-4`` stands for, each below ``count``.
 
     >>> numbers("7,0-2", 10)
@@ -109,14 +109,12 @@ def numbers(text: str, count: int) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise typer.BadParameter(f"{text!r}: expected numbers such as 0,5,9 or 0-4", param_hint="--queries")
+            raise typer.BadParameter(f"{text!r}: expected numbers such as 0,5,9 or 0-4", param_hint=option)
         if dash and int(last) < int(first):
-            raise typer.BadParameter(
-                f"{text!r}: {first}-{last} goes backward; give {last}-{first}", param_hint="--queries"
-            )
+            raise typer.BadParameter(f"{text!r}: {first}-{last} goes backward; give {last}-{first}", param_hint=option)
         found.extend(range(int(first), int(last if dash else first) + 1))
     if not found or max(found) >= count:
-        raise typer.BadParameter(f"{text!r}: there are examples 0 to {count - 1}", param_hint="--queries")
+        raise typer.BadParameter(f"{text!r}: there are examples 0 to {count - 1}", param_hint=option)
     return found
 
 

@@ -87,8 +87,11 @@ class Projection:
 
     def columns(self, segment: int) -> slice:
         """The coordinates that a segment's gradients are added to."""
-        block = segment * self.blocks // self.segments
-        return self.block(block)
+        return self.block(self.block_of(segment))
+
+    def block_of(self, segment: int) -> int:
+        """The block that holds a segment's coordinates."""
+        return segment * self.blocks // self.segments
 
     def block(self, number: int) -> slice:
         """The coordinates of one block."""

@@ -112,7 +112,7 @@ def gradient_inequality_along(
     output: int | Callable[[Tensor], Tensor] = 0,
 ) -> dict[int, GradientInequality]:
     """The inequality at every recorded state, by its step; ``model`` lends its code and is not changed."""
-    trajectory.check_model(model)
+    Trajectory.required(trajectory).check_model(model)
     network, found = private_copy(model), {}
     for record in trajectory.states:
         load_model(trajectory.state(record.step), network)

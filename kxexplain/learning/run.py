@@ -20,6 +20,7 @@ from kxexplain.learning.progress import Progress
 from kxexplain.learning.resume import restored
 from kxexplain.learning.scheduler import GradientSchedule
 from kxexplain.learning.unrecorded import Unrecorded
+from kxexplain.search.recording import FeatureRecorder
 from kxexplain.trajectory import LossFunction, Recorder, Trajectory, rng
 from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.forward import assign, descend, forward
@@ -52,6 +53,7 @@ class Run:
         self.batch_size: int = manifest.settings["batch_size"]
         self.examples = manifest.dataset.count
         self.clipping = Clipping.noted(manifest.settings)
+        self.features: FeatureRecorder | None = None
         self.sign, self.clip = 1, 1.0
         """What the present step's gradient was multiplied by."""
         self.batches = math.ceil(self.examples / self.batch_size)
@@ -148,21 +150,32 @@ class Run:
     def _advance(self, indices: Tensor) -> float:
         """Make a step; returns its loss."""
         inputs, targets = self.recorder.fetch(indices)
-        result = forward(self.model, inputs, targets, loss=self.loss, reduction="mean", objective=self.objective)
+        watch = None if self.features is None else self.features.watch(inputs)
+        around = None if watch is None else watch.forward(inputs)
+        result = forward(
+            self.model, inputs, targets,
+            loss=self.loss, reduction="mean", objective=self.objective, around=around,
+        )  # fmt: skip
         value = result.plain.item()
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss at step {self.recorder.position} is {value}; training stopped there, and "
                 f"{self.recorder.kept}. Lower the learning rate, or check the data"
             )
-        descent = descend(result.total, self.parameters, self.objective)
+        edges = [] if watch is None else watch.edges(result.outputs, result.losses, result.total)
+        descent = descend(result.total, self.parameters, self.objective, edges)
         found = descent.found
         self.clip = self.clipping.factor(found)
         if self.objective.directed:
             self.sign, factor = self.objective.direction(self.recorder.position, descent.value.item())
             self.clip *= factor
+        if watch is not None:
+            watch.collect(descent.edges)
         assign(self.parameters, self.clipping.applied(found, self.sign * self.clip))
         self.optimizer.step()
+        if watch is not None and self.features is not None:
+            rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+            self.features.take(watch, self.recorder.position, indices, rates, self.sign * self.clip)
         return value
 
     def _end_epoch(self) -> None:

@@ -150,7 +150,7 @@ class _Study:
         cls, trajectory: Trajectory, model: nn.Module, train: Examples, test: Examples, *, limit: int, seed: int
     ) -> _Study:
         """Check everything, evaluate the network, choose the examples."""
-        trajectory.check_model(model)
+        Trajectory.required(trajectory).check_model(model)
         device = next(model.parameters()).device
         x_test, raw_test = _whole(test, "test", device)
         _, raw_train = _whole(train, "training", device)

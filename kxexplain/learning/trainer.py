@@ -19,6 +19,7 @@ from kxexplain.learning.run import Run
 from kxexplain.learning.scheduler import GradientSchedule
 from kxexplain.learning.schedules import Schedule
 from kxexplain.learning.unrecorded import Unrecorded
+from kxexplain.search.recording import FeatureRecorder
 from kxexplain.trajectory import LossFunction, Recorder, Trajectory
 from kxexplain.trajectory import keep as keeping
 from kxexplain.trajectory.clipping import Clipping
@@ -52,6 +53,7 @@ def train(
     scheduler: LRScheduler | None = None,
     clip_norm: float | None = None,
     clip_value: float | None = None,
+    features: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -81,6 +83,9 @@ def train(
         clip_value: largest size of an element of a step's gradient, clamped as torch's ``clip_grad_value_`` does. A
             clamp is no sum over the examples: their shares are those of the gradient as it was before, and what the
             clamp took away from it is the bill's line "unattributed".
+        features: collect gradient features of so many dimensions while training, so that the retrieval index needs no
+            pass of its own: it is written to ``out``/index, for ``kx.GradientIndex.load``. For SGD without momentum;
+            of other optimisers ``GradientIndex.build`` makes an index afterwards. Not with a budget of bytes.
         resume: go on from the last state in ``out``, to the result of an uninterrupted run; start
             if there is none, and return a finished run as it is.
         overwrite: replace a trajectory that ``out`` holds.
@@ -114,16 +119,22 @@ def train(
             model, plan.optimizer, plan.manifest, policy, path=path, loss=loss, dataset=dataset, overwrite=overwrite
         )
         run = Run(model, plan.optimizer, scheduler, recorder, loss=resolve(loss)[1], schedule=plan.schedule)
+        if features is not None:
+            run.features = FeatureRecorder(model, plan.manifest, policy, dataset, features, run.batches)
         if resume and is_trajectory(path):
             old = Trajectory.open(path, loss if callable(loss) else None)
             old.check_model(model)
             check_same(old.manifest, plan.manifest, stepped=not (scheduler is None and schedule is None))
             if run.restore(old):
+                if run.features is not None:
+                    run.features.complete(recorder.path, loss, own)
                 return Trajectory.open(path, loss if callable(loss) else None, own)
         else:
             check_free(path, overwrite=overwrite)
             rehearse(model, plan.manifest, dataset, run.sizes(), run.loss, own)
         run.train(progress=progress)
+        if run.features is not None:
+            run.features.complete(recorder.path, loss, own)
     return recorder.trajectory
 
 

@@ -2,5 +2,7 @@
 
 from kxexplain.search.index import GradientIndex
 from kxexplain.search.neighbors import Hits, Neighbors
+from kxexplain.search.self_influence import self_influence
+from kxexplain.search.tuning import dim_for_recall
 
-__all__ = ["GradientIndex", "Hits", "Neighbors"]
+__all__ = ["GradientIndex", "Hits", "Neighbors", "dim_for_recall", "self_influence"]

@@ -1,105 +1,40 @@
-r"""Short vectors whose inner products are contributions: C_i(x) = Σ_s ⟨D_s(x), P_{s,i}⟩ ≈ ⟨query's, example's⟩.
+r"""The queries' side of the index: C_i(x) = Σ_s ⟨D_s(x), P_{s,i}⟩ ≈ ⟨query's feature, example's feature⟩.
 
-Training side: P_{s,i} = Σ_{t∈s} update_{t,i}, what example i put into the parameters during segment s, from one
-replay. Query side: the discrete gradients D_s(x), from recorded states alone. Both are projected segment by segment
+The discrete gradients D_s(x) come from recorded states alone. Both sides are projected segment by segment
 (:class:`kxexplain.gradients.projection.Projection`) and laid side by side over the segments; where there are more
 segments than the dimension has room for, neighbouring ones are added in one block, with projections of their own.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 from torch import Tensor, nn
 
-from kxexplain.attribution.decompose import forward_walk, remembers
-from kxexplain.attribution.queries import QuerySide, moving_names
-from kxexplain.attribution.targets import resolve_target
-from kxexplain.attribution.walk import Movement, Segment, Updates, bounds
+from kxexplain.attribution.queries import QuerySide
+from kxexplain.attribution.targets import ResolvedTarget, TargetSpec, resolve_target
+from kxexplain.attribution.walk import Segment, bounds
 from kxexplain.errors import ArgumentError
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Dense
 from kxexplain.gradients.projection import Projection
-from kxexplain.kernels.budget import progress_bar
-from kxexplain.shapes import Examples
-from kxexplain.trajectory import Trajectory, fetch, split
-from kxexplain.trajectory.records import OptimizerRecord
+from kxexplain.kernels import quadrature
+from kxexplain.shapes import Inputs
+from kxexplain.trajectory import Trajectory, fetch
 
+MEMORY = 10**9
+"""Bytes that the queries' gradients may take."""
 
-def projection_for(trajectory: Trajectory, dim: int, *, seed: int = 0) -> Projection:
-    """The projection of a trajectory's trained parameters, one segment between every two recorded states.
-
-    Raises:
-        ArgumentError: a dimension below 16, or a trajectory without steps.
-    """
-    moving = set(moving_names(trajectory, *(trajectory.state(trajectory.states[i].step) for i in (0, -1))))
-    shapes = {t.name: t.shape for t in trajectory.manifest.model.parameters if t.name in moving}
-    return Projection(shapes, len(bounds(trajectory, None)) - 1, dim, seed=seed)
-
+KEPT = 1 << 28
+"""Bytes of recorded states that stay in memory from one search to the next."""
 
 CLASS_LOSSES = ("cross_entropy", "hinge", "logistic")
 """Losses whose label can be read off the outputs."""
-
-
-class UpdateFeatures:
-    """Adds up the examples' projected updates as a walk passes (:class:`kxexplain.attribution.walk.Visitor`)."""
-
-    def __init__(self, projection: Projection, examples: int) -> None:
-        self.projection = projection
-        self.features = torch.zeros(examples, projection.dim)
-
-    def updates(self, segment: Segment, updates: Updates) -> None:
-        """Project and add some of the segment's updates."""
-        sketches = self.projection(updates.factors, segment.number)[:, 0]
-        columns = self.features[:, self.projection.columns(segment.number)]
-        columns.index_add_(0, updates.indices.cpu(), sketches.to("cpu", torch.float32))
-
-    def close(self, segment: Segment, movement: Movement) -> None:
-        """What moved the parameters besides examples is no example's."""
-
-
-def update_features(
-    trajectory: Trajectory,
-    model: nn.Module,
-    dataset: Examples,
-    projection: Projection,
-    *,
-    progress: bool = False,
-) -> Float32[Tensor, "train dim"]:
-    """Features of all training examples, in one pass along the trajectory; on the CPU.
-
-    Raises:
-        ModelError: not the recorded architecture.
-        DatasetError: not the recorded examples.
-        ArgumentError: an optimiser other than SGD without momentum.
-        ReplayError: the log does not lead to the recorded states.
-    """
-    optimizer = trajectory.manifest.optimizer
-    if trajectory.manifest.logged and split(optimizer, trajectory.steps[0]) is None:
-        instead = ", or ask kx.explain, which itemises this one" if remembers(trajectory, "line") else ""
-        raise ArgumentError(
-            f"the trajectory's optimiser is {_described(optimizer)}, but the index takes SGD without momentum "
-            "only, whose every step is the sum of its own examples' updates; train with "
-            f"torch.optim.SGD(..., momentum=0){instead}"
-        )
-    visitor = UpdateFeatures(projection, trajectory.manifest.dataset.count)
-    with (
-        progress_bar(progress, len(trajectory)) as tick,
-        forward_walk(trajectory, model, dataset, tick=tick) as walk,
-    ):
-        walk.visit(visitor)
-    return visitor.features
-
-
-def _described(optimizer: OptimizerRecord) -> str:
-    """An optimiser's name, and for SGD what makes it another than the plain one."""
-    return "SGD with momentum" if optimizer.name == "SGD" else optimizer.title
 
 
 def recorded_segments(trajectory: Trajectory, device: torch.device) -> Iterator[Segment]:
@@ -117,17 +52,32 @@ def recorded_segments(trajectory: Trajectory, device: torch.device) -> Iterator[
         start = end
 
 
-def query_features(trajectory: Trajectory, side: QuerySide, projection: Projection) -> Float32[Tensor, "query dim"]:
+def query_features(
+    segments: Iterable[Segment], side: QuerySide, projection: Projection
+) -> Float32[Tensor, "query dim"]:
     """Features of queries about one number each; on the CPU."""
-    features = torch.zeros(side.rows, projection.dim)
+    return sketched(segments, side, projection, 1)[:, 0]
+
+
+def sketched(
+    segments: Iterable[Segment], side: QuerySide, projection: Projection, columns: int
+) -> Float32[Tensor, "query c dim"]:
+    """Features of queries about some numbers each; on the CPU."""
+    features = torch.zeros(side.rows, columns, projection.dim)
     with torch.random.fork_rng(devices=[]):
-        for segment in recorded_segments(trajectory, side.prediction.device):
-            columns = features[:, projection.columns(segment.number)]
+        for segment in segments:
+            place = features[..., projection.columns(segment.number)]
             for rows in side.chunks():
                 for weight, secant in side.secants(segment.start, segment.end, rows):
-                    sketches = _sketch(secant, projection, segment.number)[:, 0] * weight
-                    columns[rows] += sketches.to("cpu", torch.float32)
+                    sketches = _sketch(secant, projection, segment.number) * weight
+                    place[rows] += sketches.to("cpu", torch.float32)
     return features
+
+
+def _both(one: ResolvedTarget, other: ResolvedTarget) -> ResolvedTarget:
+    """Two numbers about every query, from one pass through the model."""
+    select = lambda values, rows: torch.cat([one.select(values, rows), other.select(values, rows)], 1)  # noqa: E731
+    return ResolvedTarget(f"{one.name}, {other.name}", select, None, 2)
 
 
 def _sketch(secant: Secant, projection: Projection, segment: int) -> Tensor:
@@ -163,15 +113,74 @@ def _predicted(outputs: Tensor, loss: str) -> Tensor:
     return positive if outputs.shape[1] > 1 else positive[:, 0].long()
 
 
-def directions(features: Float[Tensor, "row dim"], projection: Projection) -> Float[Tensor, "row dim"]:
-    """Features whose inner product is the mean over blocks of the cosine; blocks of zeros stay zero.
+@dataclass(frozen=True)
+class Asked:
+    """Queries, ready to be looked up.
 
-    Blocks are normalised one by one, or the segments with the largest gradients would decide alone: on digits a
-    training example asked about, or its copy, came out nearest in 76 % of cases this way, in 24 % by the plain cosine.
+    Attributes:
+        features: of what is asked about, [q, dim].
+        pushes: of the way the query's own loss would push the parameters, [q, dim].
+        name: of the target.
+        measure: what the pushes are of.
+        output: the output number asked about per query, [q], where there is one.
+        labels: the queries' labels, where given.
+        inputs: the queries' inputs.
     """
-    parts = [features[:, projection.block(b)] for b in range(projection.blocks)]
-    unit = [torch.nn.functional.normalize(part, dim=1, eps=torch.finfo(part.dtype).tiny) for part in parts]
-    return torch.cat(unit, 1) / math.sqrt(projection.blocks)
+
+    features: Float32[Tensor, "q dim"]
+    pushes: Float32[Tensor, "q dim"]
+    name: str
+    measure: str
+    output: Tensor | None
+    labels: Tensor | None
+    inputs: Inputs
+
+
+class Asking:
+    """Makes queries' features; keeps the recorded states in memory where they take little."""
+
+    def __init__(self, trajectory: Trajectory, model: nn.Module, projection: Projection) -> None:
+        self.trajectory, self.model, self.projection = trajectory, model, projection
+        self._segments: list[Segment] = []
+
+    def ask(self, queries: Any, target: TargetSpec) -> Asked:
+        """The features of these queries.
+
+        Raises:
+            ModelError, DatasetError, TargetError: as :meth:`GradientIndex.search`.
+            ArgumentError: gradients that are not finite.
+        """
+        rule = quadrature.rule("discrete")
+        side = QuerySide.prepare(self.trajectory, self.model, queries, "all", rule, MEMORY)
+        outputs, loss = side.prediction, self.trajectory.loss if target == "loss" else None
+        asked = replace(side, target=resolve_target(target, outputs, side.labels, loss, side.shape))
+        losses, measure = descent(self.trajectory, side)
+        if losses is None:
+            features = pushes = self._features(asked, 1)[:, 0]
+        else:
+            found = self._features(replace(side, target=_both(asked.target, losses.target)), 2)
+            features, pushes = found[:, 0], -found[:, 1]
+        return Asked(
+            features, pushes, asked.target.name, measure, asked.target.output, side.labels, side.inputs
+        )  # fmt: skip
+
+    def _features(self, side: QuerySide, columns: int) -> Tensor:
+        features = sketched(self._along(side.prediction.device), side, self.projection, columns)
+        if not bool(features.isfinite().all()):
+            raise ArgumentError("the queries' gradients are not finite; search for finite inputs and targets")
+        return features
+
+    def _along(self, device: torch.device) -> Iterable[Segment]:
+        """The segments, from memory if they were small enough to stay there."""
+        if self._segments:
+            return self._segments
+        first = self.trajectory.state(self.trajectory.states[0].step)
+        each = sum(t.nbytes for t in (*first.parameters.values(), *first.buffers.values()))
+        segments = recorded_segments(self.trajectory, device)
+        if each * len(self.trajectory.states) > KEPT:
+            return segments
+        self._segments = list(segments)
+        return self._segments
 
 
 def example_labels(dataset: Any, count: int) -> Tensor | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
@@ -33,13 +34,13 @@ def test_saved_and_loaded_it_answers_alike(factory: str, digits: Trained, index:
     again = GradientIndex.load(folder, *digits[:3])
     assert same(made.search(digits.queries, k=5, rerank=20), again.search(digits.queries, k=5, rerank=20))
     assert repr(again) == repr(made)
-    assert {f.name for f in folder.iterdir()} == {"manifest.json", "features.safetensors"} | (
+    assert {f.name for f in folder.iterdir()} == {"manifest.json", *files.ARRAYS} | (
         set() if factory == "Flat" else set(files.FAISS_FILES)
     )
     index.save(folder)
     found = (i.search(digits.queries, rerank=0) for i in (GradientIndex.load(folder, *digits[:3]), index))
     assert same(*found)
-    assert len(list(folder.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 5
 
 
 def _edit(change: Callable[[dict[str, Any]], Any], *, sign: bool = True) -> Callable[[Path], None]:
@@ -47,7 +48,7 @@ def _edit(change: Callable[[dict[str, Any]], Any], *, sign: bool = True) -> Call
         manifest = json.loads((folder / files.MANIFEST).read_text())
         change(manifest)
         if sign:
-            manifest["checksum"] = files._own_sum(manifest)
+            manifest["checksum"] = files.own_sum(manifest)
         (folder / files.MANIFEST).write_text(json.dumps(manifest))
 
     return damage
@@ -58,7 +59,7 @@ def _put(name: str, data: bytes) -> Callable[[Path], None]:
 
     def damage(folder: Path) -> None:
         (folder / name).write_bytes(data)
-        entry = {"sha256": files._sum(data), "bytes": len(data)}
+        entry = {"sha256": files.digest(data), "bytes": len(data)}
         _edit(lambda manifest: manifest["files"].update({name: entry}))(folder)
 
     return damage
@@ -73,35 +74,49 @@ def _flip(name: str) -> Callable[[Path], None]:
     return damage
 
 
-def _features(tensor: Tensor, **others: Tensor) -> Callable[[Path], None]:
-    return _put(files.FEATURES, safetensors.torch.save({"features": tensor, **others}))
+def _array(name: str, values: Any) -> Callable[[Path], None]:
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(values), allow_pickle=True)
+    return _put(name, buffer.getvalue())
+
+
+def _hnsw(rows: Tensor) -> bytes:
+    return Vectors(lambda at: rows[at], *rows.shape, "HNSW16").to_bytes()
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "missing"),
-    "no features": (lambda f: (f / "features.safetensors").unlink(), "missing"),
+    "no features": (lambda f: (f / "units.npy").unlink(), "missing"),
     "truncated": (lambda f: (f / "nearest.faiss").write_bytes((f / "nearest.faiss").read_bytes()[:-9]), "truncated"),
-    "flipped features": (_flip("features.safetensors"), "altered"),
+    "flipped features": (_flip("units.npy"), "altered"),
+    "flipped norms": (_flip("norms.npy"), "altered"),
     "flipped faiss": (_flip("influence.faiss"), "altered"),
     "manifest is no JSON": (lambda f: (f / "manifest.json").write_text("{"), "not valid JSON"),
     "manifest is no text": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe\xff"), "cannot be read"),
     "manifest is a list": (lambda f: (f / "manifest.json").write_text("[1]"), "does not describe"),
     "foreign format": (_edit(lambda m: m.update(format="other")), "does not describe"),
-    "later version": (_edit(lambda m: m.update(format_version=2)), "format version 2"),
+    "earlier version": (_edit(lambda m: m.update(format_version=1)), "format version 1"),
     "wrong type": (_edit(lambda m: m.update(dim="64")), "'dim'"),
     "altered seed": (_edit(lambda m: m.update(seed=9), sign=False), "altered"),
     "unknown file": (_edit(lambda m: m["files"].update({"../x": {}})), "names a file"),
-    "features not listed": (_edit(lambda m: m["files"].pop("features.safetensors")), "names no"),
+    "features not listed": (_edit(lambda m: m["files"].pop("units.npy")), "names no"),
     "faiss not listed": (_edit(lambda m: m["files"].pop("nearest.faiss")), "FAISS files"),
     "other trajectory": (_edit(lambda m: m.update(trajectory="0" * 64)), "another trajectory"),
-    "other dataset": (_edit(lambda m: m["dataset"].update(count=3)), "another dataset"),
-    "no safetensors": (_put("features.safetensors", b"nothing"), "no safetensors"),
-    "wrong shape": (_features(torch.zeros(420, 63)), "expected float32"),
-    "wrong type of features": (_features(torch.zeros(420, 64, dtype=torch.float64)), "expected float32"),
-    "no feature tensor": (_put("features.safetensors", safetensors.torch.save({})), "features are None"),
-    "NaN": (_features(torch.full((420, 64), torch.nan)), "NaN"),
-    "labels too short": (_features(torch.zeros(420, 64), labels=torch.zeros(3)), "labels"),
-    "faiss of other rows": (_put("influence.faiss", Vectors(torch.eye(16), "HNSW16").to_bytes()), "16 vectors"),
+    "other dataset": (_edit(lambda m: m["dataset"].update(seed=3)), "another dataset"),
+    "other segments": (_edit(lambda m: m.update(segments=4)), "other segments"),
+    "other blocks": (_edit(lambda m: m.update(blocks=2)), "expected torch.float32"),
+    "no blocks": (_edit(lambda m: m.update(blocks=0)), "0 blocks"),
+    "unknown dtype": (_edit(lambda m: m.update(dtype="int8")), "int8"),
+    "other dimension": (_edit(lambda m: m.update(dim=32)), "expected"),
+    "no array": (_put("units.npy", b"nothing"), "no array"),
+    "pickled": (_array("units.npy", np.array([{}], dtype=object)), "no array"),
+    "wrong shape": (_array("units.npy", np.zeros((420, 63), np.float32)), "expected"),
+    "wrong type of features": (_array("units.npy", np.zeros((420, 64))), "expected"),
+    "NaN": (_array("units.npy", np.full((420, 64), np.nan, np.float32)), "NaN"),
+    "NaN norms": (_array("norms.npy", np.full((420, 1), np.nan, np.float32)), "NaN"),
+    "labels too short": (_array("labels.npy", np.zeros(3)), "labels"),
+    "ids beyond the dataset": (_array("ids.npy", np.arange(420) + 1), "run from 1 to 420"),
+    "faiss of other rows": (_put("influence.faiss", _hnsw(torch.eye(16))), "16 vectors"),
     "faiss of nothing": (_put("influence.faiss", b"IxFI" + bytes(9)), "cannot read"),
 }
 
@@ -144,4 +159,4 @@ def test_saving_where_something_else_lies(index: GradientIndex, digits: Trained,
         with pytest.raises(IndexFileError):
             index.save(path)
     assert (tmp_path / "file").read_text() == "mine"
-    assert not list(digits.trajectory.path.glob("features*"))
+    assert not list(digits.trajectory.path.glob("units*"))

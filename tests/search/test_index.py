@@ -16,8 +16,9 @@ from kxexplain.attribution.queries import QuerySide
 from kxexplain.errors import ArgumentError, DatasetError, TargetError
 from kxexplain.kernels import quadrature
 from kxexplain.search import GradientIndex
-from kxexplain.search.features import directions, projection_for, query_features, update_features
-from kxexplain.search.vectors import Vectors
+from kxexplain.search.features import query_features, recorded_segments
+from kxexplain.search.sketches import block_list, directions
+from kxexplain.search.updates import projection_for, update_features
 from tests.cases import CASES
 from tests.search.conftest import COPIES, Trained
 
@@ -41,7 +42,7 @@ def test_inner_products_approximate_contributions(name: str, dtype: torch.dtype,
     exact = kx.explain(trajectory, problem.model, problem.data, problem.queries, target=0, kernel=False).contributions
     projection = projection_for(trajectory, 1 << 15)
     side = QuerySide.prepare(trajectory, problem.model, problem.queries, 0, quadrature.rule("discrete"), 10**6)
-    queries = query_features(trajectory, side, projection)
+    queries = query_features(recorded_segments(trajectory, torch.device("cpu")), side, projection)
     examples = update_features(trajectory, problem.model, problem.data, projection)
     norms = queries.norm(dim=1)[:, None] * examples.norm(dim=1)
     assert (queries @ examples.T - exact.float()).abs().div(norms).max() < 6 * (3 / projection.dim) ** 0.5
@@ -70,7 +71,8 @@ def test_without_reranking_scores_are_inner_products(index: GradientIndex, digit
     found = index.search(digits.queries, k=7, target="label", rerank=0)
     assert found.proponents.contributions is None
     side = QuerySide.prepare(*digits[:2], digits.queries, "label", quadrature.rule("discrete"), 10**9)
-    scores = query_features(digits.trajectory, side, index.projection) @ index.features.T
+    segments = recorded_segments(digits.trajectory, torch.device("cpu"))
+    scores = query_features(segments, side, index.projection) @ index.features.T
     torch.testing.assert_close(found.proponents.scores, scores.topk(7).values, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.opponents.scores, scores.topk(7, largest=False).values, rtol=1e-4, atol=1e-4)
 
@@ -84,7 +86,7 @@ def test_results_do_not_depend_on_the_other_queries(index: GradientIndex, digits
 
 def test_copies_are_each_others_nearest(index: GradientIndex) -> None:
     """Among training examples, whose updates are compared at different moments; and for a query that equals one."""
-    unit = directions(index.features, index.projection)
+    unit = directions(index.features, block_list(index.projection))
     cosines = unit[:COPIES] @ unit.T
     cosines[torch.arange(COPIES), torch.arange(COPIES)] = -1
     assert (cosines.argmax(1) == torch.arange(COPIES) + 400).float().mean() >= 0.95
@@ -198,30 +200,10 @@ def test_bad_builds(digits: Trained, arguments: dict[str, Any], message: str) ->
         GradientIndex.build(*digits[:3], **{"dim": 16} | arguments)
 
 
-def test_unknown_optimiser_and_huge_updates(digits: Trained, tmp_path: Path) -> None:
-    model = copy.deepcopy(digits.model)
-    momentum = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    trajectory = kx.train(
-        model, digits.data, optimizer=momentum, epochs=1, batch_size=64, out=tmp_path / "a", progress=False
-    )
-    with pytest.raises(ArgumentError, match=r"is SGD with momentum, but .* SGD without momentum .* kx\.explain"):
-        GradientIndex.build(trajectory, model, digits.data)
-    rprop = torch.optim.Rprop(model.parameters())
-    other = kx.train(model, digits.data, optimizer=rprop, epochs=1, batch_size=210, out=tmp_path / "c", progress=False)
-    with pytest.raises(ArgumentError, match=r"is Rprop, but .* momentum=0\)$"):
-        GradientIndex.build(other, model, digits.data)
+def test_huge_updates(tmp_path: Path) -> None:
     data = TensorDataset(torch.full((2, 1), 1e25, dtype=torch.float64), torch.full((2,), 1e20, dtype=torch.float64))
     wide = nn.Linear(1, 1).double()
     sgd = torch.optim.SGD(wide.parameters(), lr=1e-3)
     huge = kx.train(wide, data, "mse", sgd, epochs=1, batch_size=2, out=tmp_path / "b", progress=False)
     with pytest.raises(ArgumentError, match="features are not finite"):
         GradientIndex.build(huge, wide, data)
-
-
-def test_vectors_scan_where_an_index_finds_too_few() -> None:
-    rows = torch.randn(200, 8)
-    vectors = Vectors(rows, "IVF32,Flat")  # visits one list of about six
-    scores, ids = vectors.search(rows[:3], 50)
-    exact = (rows[:3] @ rows.T).topk(50)
-    assert torch.equal(ids, exact.indices)
-    torch.testing.assert_close(scores, exact.values)

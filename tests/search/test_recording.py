@@ -1,0 +1,70 @@
+"""Features collected while training are those of a replay, and training is what it was without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import kxexplain as kx
+from kxexplain.errors import ArgumentError
+from kxexplain.search import GradientIndex
+
+
+def setting(dropout: float = 0.3) -> tuple[nn.Module, TensorDataset, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3))
+    data = TensorDataset(torch.randn(23, 5), torch.randint(3, (23,)))
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.3},
+        {"params": [*model[1].parameters(), *model[4].parameters()]},
+    ]
+    return model, data, torch.optim.SGD(groups, lr=0.1, weight_decay=0.01)
+
+
+def trained(out: Path, **options: Any) -> tuple[kx.Trajectory, nn.Module, TensorDataset]:
+    model, data, sgd = setting()
+    options = {"epochs": 3, "batch_size": 4, "clip_norm": 1.0} | options
+    return kx.train(model, data, optimizer=sgd, out=out, progress=False, **options), model, data
+
+
+@pytest.mark.parametrize("keep", ["epoch", 4])
+def test_as_replayed(keep: Any, tmp_path: Path) -> None:
+    parts = trained(tmp_path / "a", features=600, keep=keep)
+    without = trained(tmp_path / "b", keep=keep)
+    for name, value in parts[1].state_dict().items():
+        torch.testing.assert_close(value, without[1].state_dict()[name])
+    loaded = GradientIndex.load(tmp_path / "a" / "index", *parts)
+    built = GradientIndex.build(*parts, dim=600)
+    torch.testing.assert_close(loaded.features, built.features, rtol=1e-3, atol=1e-6)
+    assert torch.equal(loaded.labels, parts[2].tensors[1])
+    assert float(built.features.norm()) > 0
+
+
+def test_a_resumed_run_is_completed_by_replay(tmp_path: Path) -> None:
+    trained(tmp_path, epochs=2)
+    parts = trained(tmp_path, features=64, resume=True)
+    loaded = GradientIndex.load(tmp_path / "index", *parts)
+    torch.testing.assert_close(loaded.features, GradientIndex.build(*parts, dim=64).features, rtol=1e-3, atol=1e-6)
+    again = trained(tmp_path, features=64, resume=True)
+    assert len(GradientIndex.load(tmp_path / "index", *again)) == 23
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"momentum": 0.9}, "SGD with momentum go on moving"), ({"keep": "1MB"}, "thinned out"), ({"dim": 3}, "dim=3")],
+    ids=str,
+)
+def test_refused_before_training(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model, data, _ = setting()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=options.get("momentum", 0.0))
+    with pytest.raises(ArgumentError, match=message):
+        kx.train(
+            model, data, optimizer=sgd, epochs=1, out=tmp_path / "run", keep=options.get("keep", "epoch"),
+            features=options.get("dim", 64),
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()
