@@ -96,7 +96,7 @@ class DiscreteGradient:
             try:
                 values, factors, trace = self._trace(start, end, inputs, target, rows)
                 secant = self._finish(start, end, values, factors, trace.inexact)
-                if trace.inexact or _adds_up(secant):
+                if trace.inexact or trace.mixed or _adds_up(secant):
                     return secant, trace.mixed
             except (KxError, torch.OutOfMemoryError):
                 raise

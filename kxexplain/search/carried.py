@@ -35,8 +35,8 @@ class Carried:
     """Goes back over a trajectory's steps and tells what each step's gradients move in which segment.
 
     >>> from kxexplain.trajectory.optimizers import Recursion
-    >>> from types import SimpleNamespace
-    >>> step = SimpleNamespace(factor=1.0, recursions={"w": Recursion(intake=1.0, memory=0.5, applied=0.1)})
+    >>> none, recursions = torch.empty(0), {"w": Recursion(intake=1.0, memory=0.5, applied=0.1)}
+    >>> step = Step(none, [], none, None, 1.0, recursions, decaying={}, strays={}, penalty={})
     >>> carried = Carried(["w"])
     >>> carried.back(step, 1), carried.back(step, 0)  # the earlier gradient moves 0.1 now, and 0.05 in the next step
     ({1: {'w': -0.1}}, {1: {'w': -0.05}, 0: {'w': -0.1}})
