@@ -31,6 +31,7 @@ from kxexplain.errors import (
 )
 from kxexplain.kernels import path_kernel, tangent_kernel
 from kxexplain.learning.comparison import Comparison
+from kxexplain.learning.incremental import IncrementalModel, Merged
 from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import train
 from kxexplain.search import GradientIndex, Neighbors
@@ -46,6 +47,8 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "tangent_kernel", "path_kernel",
     # search and compare
     "GradientIndex", "Neighbors", "compare_svm", "Comparison",
+    # learn without retraining
+    "IncrementalModel", "Merged",
     # data
     "datasets",
     # errors and the warning
