@@ -14,6 +14,8 @@ plus a sum over the training examples. Record training, and read the sum off:
 True
 """
 
+from typing import TYPE_CHECKING, Any
+
 from kxexplain import datasets
 from kxexplain.attribution import Explanation, Ranking, Timeline, explain
 from kxexplain.errors import (
@@ -32,10 +34,15 @@ from kxexplain.errors import (
 from kxexplain.kernels import path_kernel, tangent_kernel
 from kxexplain.learning.comparison import Comparison
 from kxexplain.learning.incremental import IncrementalModel, Merged
+from kxexplain.learning.incremental.alternatives import Update, Updates, compare_updates
+from kxexplain.learning.removal import Removal, compare_removal, retrain, subtract
 from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import train
 from kxexplain.search import GradientIndex, Neighbors
 from kxexplain.trajectory import Recorder, Trajectory, import_checkpoints, record
+
+if TYPE_CHECKING:
+    from kxexplain.learning.incremental.estimator import IncrementalClassifier
 
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - grouped by what they are for
@@ -48,10 +55,19 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     # search and compare
     "GradientIndex", "Neighbors", "compare_svm", "Comparison",
     # learn without retraining
-    "IncrementalModel", "Merged",
+    "IncrementalModel", "IncrementalClassifier", "Merged", "compare_updates", "Update", "Updates", "subtract", "retrain", "compare_removal", "Removal",
     # data
     "datasets",
     # errors and the warning
     "KxError", "ArgumentError", "DatasetError", "IndexFileError", "MissingExtraError", "ModelError", "ReplayError",
     "TargetError", "TrainingError", "TrajectoryError", "UnattributedWarning",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """The estimator is imported when it is asked for: scikit-learn takes a second, and nothing else here needs it."""
+    if name == "IncrementalClassifier":
+        from kxexplain.learning.incremental.estimator import IncrementalClassifier
+
+        return IncrementalClassifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

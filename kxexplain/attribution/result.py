@@ -174,8 +174,10 @@ class Explanation:
         totals = {name: t[..., output] for name, t in line.totals.items()}
         parts = {name: getattr(self, name)[..., output] for name in LINES}
         number = torch.full((len(self),), output % columns)
+        added = None if self.added is None else self.added[..., output]
+        facts = {**self.facts, "target": str(output % columns)}
         return replace(
-            self, **parts, path_kernel=None, output=number, added=None if self.added is None else self.added[..., output], facts={**self.facts, "target": str(output % columns)},
+            self, **parts, path_kernel=None, output=number, added=added, facts=facts,
             timeline=replace(line, totals=totals, shares=line.shares[..., output]),
         )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""The pictures: an explanation, its neighbours, and the comparison with a support vector machine.
+"""The pictures: an explanation, its neighbours, the comparisons with a support vector
+machine and with retraining.
 
 Every function gives a :class:`matplotlib.figure.Figure` of its own, made without pyplot: no window opens, and no
 setting of the caller's changes. Save it with ``figure.savefig(path)``. Blue pushed a prediction up, orange-red down.
@@ -7,5 +8,6 @@ setting of the caller's changes. Save it with ``figure.savefig(path)``. Blue pus
 from kxexplain.plots.comparison import plot_comparison
 from kxexplain.plots.explanation import plot_explanation
 from kxexplain.plots.neighbors import plot_neighbors
+from kxexplain.plots.updates import plot_updates
 
-__all__ = ["plot_comparison", "plot_explanation", "plot_neighbors"]
+__all__ = ["plot_comparison", "plot_explanation", "plot_neighbors", "plot_updates"]

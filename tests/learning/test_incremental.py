@@ -460,8 +460,10 @@ def test_singular_systems_are_mended_by_the_damping_named() -> None:
 
 
 def test_wrong_arguments() -> None:
-    for options in ({"rule": "newton"}, {"solver": "sgd"}, {"damping": -1.0}, {"rate": 0}, {"remember": 0},
-                    {"parameters": ["9"]}, {"parameters": "2"}, {"loss": "huber"}, {"rule": "logistic", "damping": 0}):  # fmt: skip
+    for options in (
+        {"rule": "newton"}, {"solver": "sgd"}, {"damping": -1.0}, {"rate": 0}, {"remember": 0}, {"parameters": ["9"]},
+        {"parameters": "2"}, {"loss": "huber"}, {"rule": "logistic", "damping": 0},
+    ):  # fmt: skip
         with pytest.raises(ArgumentError):
             kx.IncrementalModel(network(), **options)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="cannot be forgotten"):
@@ -470,3 +472,81 @@ def test_wrong_arguments() -> None:
         kx.IncrementalModel(nn.Flatten())
     with pytest.raises(ArgumentError, match="ridge rule"):
         kx.IncrementalModel(network(), rule="logistic").tune()
+
+
+# The bill.
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> tuple[kx.Trajectory, nn.Module, Any]:
+    model, (x, y) = network(), examples(20, seed=5)
+    data = torch.utils.data.TensorDataset(x, y)
+    return kx.train(model, data, epochs=2, batch_size=5, out=tmp_path / "run", progress=False), model, data
+
+
+@pytest.mark.parametrize("target", ["predicted", "label", 1, "all"])
+@pytest.mark.parametrize("rule", RULES)
+def test_added_terms_are_lines_of_the_bill(recorded: Any, rule: Any, target: Any, tmp_path: Path) -> None:
+    run, model, data = recorded
+    (x, y), (more, label) = examples(5), examples(3, seed=1)
+    learner = kx.IncrementalModel(run, network(), rule=rule, damping=0.2, rate=1.0, remember=3)
+    torch.testing.assert_close(learner(more), model(more).detach())
+    learner.learn(x, y, ids=list("abcde"))
+    queries = torch.utils.data.TensorDataset(more, label)
+    bill = learner.explain(data, queries, target=target)
+    assert bill.added is not None
+    assert list(bill.added_names) == ["c", "d", "e", "earlier examples"]
+    total = bill.baseline + bill.contributions.sum(1) + bill.regularizer + bill.buffers + bill.unattributed
+    total = total + bill.added.sum(1) + bill.remainder
+    torch.testing.assert_close(total, bill.prediction)
+    assert float(bill.remainder.abs().max()) < 1e-9
+    outputs = learner(more)
+    column = {"predicted": outputs.argmax(1), "label": label, 1: torch.ones(3, dtype=torch.int64)}
+    expected = outputs if target == "all" else outputs.gather(1, column[target][:, None])[:, 0]
+    torch.testing.assert_close(bill.prediction, expected)
+    a, phi = learner.engine.coefficients(), jacobian(model, x[2:])
+    each = torch.einsum("qcp,mkp,mk->qmc", jacobian(model, more), phi, a)
+    own = each if target == "all" else each.gather(2, column[target][:, None, None].expand(-1, 3, 1))[..., 0]
+    torch.testing.assert_close(bill.added[:, :3], own)
+    read = kx.Explanation.load(bill.save(tmp_path / "bill"))
+    assert torch.equal(read.added, bill.added)  # type: ignore[arg-type]
+    assert list(read.added_names) == list(bill.added_names)
+    text = bill.bill(0)
+    assert "added: c" in text
+    assert "added: earlier examples" in text
+    bill.plot(0)
+
+
+def test_a_bill_of_a_grown_output_begins_where_it_began(recorded: Any) -> None:
+    run, _, data = recorded
+    x, _ = examples(4)
+    learner = kx.IncrementalModel(run, network(), damping=0.2)
+    learner.learn(x + 4, torch.full((4,), 3), new_classes=True)
+    bill = learner.explain(data, torch.cat([x[:2] + 4, x[:2]]), kernel=False)
+    assert bill.output is not None
+    assert bill.output.tolist()[:2] == [3, 3]
+    assert not bill.contributions[:2].any()
+    assert bill.added is not None
+    torch.testing.assert_close(bill.baseline[:2], torch.full((2,), learner.growth[0][1]).double())
+    torch.testing.assert_close(bill.baseline + bill.contributions.sum(1) + bill.added.sum(1), bill.prediction)
+    with pytest.raises(kx.TargetError, match="choose one"):
+        learner.explain(data, x, "all")
+
+
+def test_what_cannot_be_explained(recorded: Any) -> None:
+    run, model, data = recorded
+    x, y = examples(3)
+    learner = kx.IncrementalModel(run, model)
+    with pytest.raises(kx.TargetError, match="amounts of outputs"):
+        learner.explain(data, torch.utils.data.TensorDataset(x, y), "loss")
+    with pytest.raises(kx.TargetError, match="expected one of their numbers"):
+        learner.explain(data, x, "label")
+    with pytest.raises(ArgumentError, match="recorded training"):
+        kx.IncrementalModel(model).explain(data, x)
+    with pytest.raises(ArgumentError, match="give a model"):
+        kx.IncrementalModel(run)
+    with pytest.raises(ModelError):
+        kx.IncrementalModel(run, network(4))
+    plain = learner.explain(data, x)
+    assert not plain.added_names
+    torch.testing.assert_close(plain.prediction, kx.explain(run, model, data, x).prediction)

@@ -33,6 +33,7 @@ def factor(matrix: Float[Tensor, "p p"], floor: float, what: str) -> Float[Tenso
     tensor([[2., 0.],
             [1., 1.]])
     """
+    lower: Tensor
     lower, info = torch.linalg.cholesky_ex(matrix)
     if int(info) or not bool((lower.diagonal().square() > floor).all()):
         raise singular(floor, what)
@@ -76,7 +77,7 @@ def without(lower: Float[Tensor, "p p"], gone: slice) -> Float[Tensor, "q q"]:
 
     What stood below them, S, is given back: L₃₃ L₃₃ᵀ + S Sᵀ, an update, which cannot fail.
 
-    >>> without(torch.tensor([[2.0, 0.0], [1.0, 1.0]]), slice(0, 1)).square()  # of [[4, 2], [2, 2]]
+    >>> without(torch.tensor([[2.0, 0.0], [1.0, 1.0]]), slice(0, 1)).square().round()  # of [[4, 2], [2, 2]]
     tensor([[2.]])
     """
     first, last, p = gone.start, gone.stop, len(lower)

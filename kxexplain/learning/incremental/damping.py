@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-GRID = torch.logspace(-6, 2, 33, dtype=torch.float64)
+GRID = torch.logspace(-6, 2, 17, dtype=torch.float64)
 """Dampings tried, as parts of the Gram matrix' mean diagonal."""
 
 ALONE = 0.1
@@ -30,7 +30,8 @@ def left_out(values: Tensor, vectors: Tensor, residual: Float[Tensor, "n c"], da
     a = vectors @ (weights * (vectors.T @ residual.flatten()))
     rows = vectors.view(n, c, -1)
     blocks = (rows * weights) @ rows.transpose(1, 2)
-    return torch.linalg.solve(blocks, a.view(n, c, 1))[..., 0]
+    found: Tensor = torch.linalg.solve(blocks, a.view(n, c, 1))[..., 0]
+    return found
 
 
 def chosen(gram: Float[Tensor, "p p"], residual: Float[Tensor, "n c"], judged: Tensor | slice = slice(None)) -> float:
@@ -53,6 +54,6 @@ def chosen(gram: Float[Tensor, "p p"], residual: Float[Tensor, "n c"], judged: T
         return ALONE * scale
     values, vectors = torch.linalg.eigh(gram)
     floor = float(torch.finfo(gram.dtype).eps) * float(values[-1]) * len(gram)
-    dampings = [d for d in (GRID * scale).tolist() if d > floor]
+    dampings: list[float] = [d for d in (GRID * scale).tolist() if d > floor]
     errors = [float(left_out(values, vectors, residual, d)[judged].square().mean()) for d in dampings]
     return dampings[min(range(len(errors)), key=errors.__getitem__)]

@@ -75,8 +75,8 @@ def checked_labels(targets: Tensor, n: int, columns: int, *, grow: bool) -> Tens
         raise DatasetError(f"labels reach from {low} to {high}; expected class numbers from 0 to {classes - 1}")
     if high >= classes and not grow:
         raise DatasetError(
-            f"label {high} is unknown: the model has {columns} outputs (0 to {columns - 1}); correct it, or let outputs "
-            "be added with learn(..., new_classes=True)"
+            f"label {high} is unknown: the model has {columns} outputs (0 to {columns - 1}); correct it, or let "
+            "outputs be added with learn(..., new_classes=True)"
         )
     return targets.long()
 

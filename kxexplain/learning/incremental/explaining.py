@@ -93,9 +93,9 @@ def _column(target: Any, outputs: Tensor, labels: Tensor | None) -> Tensor:
     columns = outputs.shape[1]
     if target == "predicted":
         return outputs.argmax(1)
-    if target == "label" and labels is not None and labels.dim() == 1 and not labels.is_floating_point():
-        if int(labels.min()) >= 0 and int(labels.max()) < columns:
-            return labels
+    classes = labels is not None and labels.dim() == 1 and not labels.is_floating_point()
+    if target == "label" and labels is not None and classes and bool(((labels >= 0) & (labels < columns)).all()):
+        return labels
     if isinstance(target, int) and not isinstance(target, bool) and -columns <= target < columns:
         return torch.full((len(outputs),), target % columns, device=outputs.device)
     raise TargetError(

@@ -52,8 +52,9 @@ class Batch:
     def row(self, i: int) -> Batch:
         """One of them, in memory of its own."""
         one = slice(i, i + 1)
+        targets = None if self.targets is None else self.targets[one].clone()
         return Batch(
-            [self.ids[i]], copied(rows_of(self.inputs, one)), None if self.targets is None else self.targets[one].clone(),
+            [self.ids[i]], copied(rows_of(self.inputs, one)), targets,
             [_own(f) for f in take(self.factors, one)], self.base[one], self.goal[one], self.shift[one],
         )  # fmt: skip
 

@@ -52,11 +52,12 @@ def named(ids: Iterable[Any] | None, n: int, held: Sequence[Identity], numbers: 
     if ids is None:
         fresh = (number for number in numbers if number not in taken)
         return [next(fresh) for _ in range(n)]
-    names = [ids] if isinstance(ids, (int, str)) else [i.item() if isinstance(i, Tensor) else i for i in ids]
+    given: list[Any] = [ids] if isinstance(ids, (int, str)) else list(ids)
+    names: list[Any] = [i.item() if isinstance(i, Tensor) else i for i in given]
     if len(names) != n or any(isinstance(i, bool) or not isinstance(i, (int, str)) for i in names):
         raise ArgumentError(f"got ids {names[:5]!r} for {n} example(s); expected a whole number or a text for each")
-    seen: set[Identity] = set()
-    double = [name for name in names if name in taken or name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+    double = [name for name in names if name in taken]
+    double += [name for at, name in enumerate(names) if name in set(names[:at])] if len(set(names)) < n else []
     if double:
         raise ArgumentError(f"id(s) {double[:5]!r} are taken already; forget them first, or give others")
     return names

@@ -57,7 +57,7 @@ def merge(learner: IncrementalModel, inputs: Inputs | None) -> Merged:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(True)
             if name in vector:
-                parameter += vector[name].to(parameter)
+                parameter.add_(vector[name].to(parameter))
     new = TangentFeatures(model)
     before = torch.cat([learner.features.checked(x) for x in places])
     linear = torch.cat([learner(x).view(count(x), -1) for x in places])

@@ -110,7 +110,7 @@ class IncrementalModel(nn.Module):
         if damping is not None:
             positive(damping, "damping", zero=rule == "ridge")
         # A tuple, so that the architecture is no part of this module.
-        self.recorded = (model, architecture) if isinstance(model, Trajectory) else None
+        self.recorded = (model, architecture) if isinstance(model, Trajectory) and architecture is not None else None
         self.rule, self.solver, self.damping = rule, solver, None if damping is None else float(damping)
         self.rate, self.margin = positive(rate, "rate"), positive(margin, "margin")
         self.remember, self.parameters_taken = remember, None if parameters is None else list(parameters)
@@ -256,6 +256,7 @@ class IncrementalModel(nn.Module):
         return batch.base + self.features.along(batch.factors, self.vector())
 
     def batch(self, names: list[Identity], inputs: Inputs, targets: Tensor | None) -> Batch:
+        """Examples as the rule takes them, with their gradients."""
         return batch_of(self.features, names, inputs, targets, self.engine.frozen, rule=self.rule, margin=self.margin)
 
     def forget(self, name: Identity) -> None:
@@ -288,8 +289,8 @@ class IncrementalModel(nn.Module):
         engine = self.engine
         if not isinstance(engine, RidgeRule) or not len(self.held) or engine.released:
             raise ArgumentError(
-                f"the damping of rule={self.rule!r} with {len(self.held)} examples held cannot be chosen by leaving one "
-                "out: that takes the ridge rule, and every example of its system"
+                f"the damping of rule={self.rule!r} with {len(self.held)} examples held cannot be chosen by leaving "
+                "one out: that takes the ridge rule, and every example of its system"
             )
         engine.damping = None
         engine.rebuild()
@@ -395,6 +396,6 @@ class IncrementalModel(nn.Module):
         damping = "" if self.chosen_damping is None else f", damping {self.chosen_damping:.3g}"
         memory = f", {self.held.protected} in memory" if self.held.protected else ""
         return (
-            f"IncrementalModel({type(self.base).__name__}, {self.rule}{damping}, {len(self.ids)} examples held{memory}, "
-            f"{self.form} form)"
+            f"IncrementalModel({type(self.base).__name__}, {self.rule}{damping}, {len(self.ids)} examples held"
+            f"{memory}, {self.form} form)"
         )

@@ -10,7 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kxexplain.errors import ArgumentError
 from kxexplain.gradients import Factors
+from kxexplain.gradients.factors import take
+from kxexplain.kernels.tangent import joined_factors
 from kxexplain.learning.incremental import damping as left_out
 from kxexplain.learning.incremental.cholesky import bordered, downdated, factor, updated, without
 from kxexplain.learning.incremental.features import TangentFeatures, added
@@ -18,7 +21,7 @@ from kxexplain.learning.incremental.held import Batch, Held
 from kxexplain.learning.incremental.rules import Learnt, Rule
 from kxexplain.shapes import Tensors
 
-JUDGED = 1000
+JUDGED = 600
 """Rows of the Gram matrix that the damping is chosen on, at most; of a larger one, examples at equal distances."""
 
 
@@ -34,7 +37,8 @@ class ExampleSystem:
         """Rows are added below."""
         rule, features = self.rule, self.rule.features
         corner = features.gram(factors, factors)
-        rho = rule.chosen(corner, residual)
+        rho = rule.damping
+        assert rho is not None
         trace = self.trace + float(corner.trace())
         corner = corner + rho * torch.eye(len(corner)).to(corner)
         floor = rule.floor(trace)
@@ -43,7 +47,7 @@ class ExampleSystem:
             self.lower = bordered(self.lower, cross, corner, floor, f"{rho:g}")
         else:
             self.lower = factor(corner, floor, f"{rho:g}")
-        self.trace, rule.damping = trace, rho
+        self.trace = trace
 
     def forget(self, i: int) -> None:
         """Its rows are left out."""
@@ -99,24 +103,32 @@ class RidgeRule(Rule):
         """Whether the examples held are all that was learnt."""
         return self.frozen is None and not self.released
 
-    def chosen(self, gram: Tensor, residual: Float[Tensor, "n c"]) -> float:
-        """ρ: as given, as chosen before, or by leaving one out."""
-        if self.damping is not None:
-            return self.damping
+    def choose(self, factors: Factors, residual: Float[Tensor, "n c"]) -> float:
+        """ρ by leaving one out."""
         n, c = residual.shape
-        rows = torch.arange(n)
         if n * c > JUDGED:
             rows = torch.linspace(0, n - 1, max(2, JUDGED // c)).long().unique()
-        part = gram.view(n, c, n, c)[rows][:, :, rows].reshape(len(rows) * c, -1)
-        return left_out.chosen(part, residual[rows])
+            factors, residual = take(factors, rows), residual[rows]
+        return left_out.chosen(self.features.gram(factors, factors), residual)
 
     def learn(self, batch: Batch, outputs: Float[Tensor, "m c"]) -> None:
         """Solve with these as well."""
-        system, rows = self.system, (len(self.held) + len(batch)) * batch.base.shape[1]
-        if isinstance(system, ExampleSystem) and rows > self.features.size and self.damping:
-            system = self._by_parameters(self.damping)
-        system.learn(batch.factors, batch.residual)
-        self.system = system
+        system, before, held = self.system, self.damping, self.held
+        try:
+            if before is None:
+                factors, residual = batch.factors, batch.residual
+                if len(held):  # a memory, which waited for something to learn
+                    factors = joined_factors([held.factors(), factors])
+                    residual = torch.cat([held.column("residual"), residual])
+                self.damping = self.choose(factors, residual)
+                self._build()
+            rows = (len(held) + len(batch)) * batch.base.shape[1]
+            if isinstance(self.system, ExampleSystem) and rows > self.features.size and self.damping:
+                self.system = self._by_parameters(self.damping)
+            self.system.learn(batch.factors, batch.residual)
+        except ArgumentError:
+            self.system, self.damping = system, before
+            raise
 
     def _by_parameters(self, rho: float) -> ParameterSystem:
         system = ParameterSystem(self.features, self.held, rho)
@@ -139,6 +151,8 @@ class RidgeRule(Rule):
     def coefficients(self) -> Float[Tensor, "n c"]:
         """a; from a parameter system, a = (r − Φδ) / ρ."""
         residual = self.held.column("residual")
+        if self.damping is None:
+            return torch.zeros_like(residual)
         if isinstance(self.system, ExampleSystem):
             return self.system.solve(residual)
         moved = self.features.along(self.held.factors(), self.features.shaped(self.system.solve()))
@@ -168,9 +182,14 @@ class RidgeRule(Rule):
         self.system.lower, self.system.right = learnt.system["lower"], learnt.system["right"]
 
     def rebuild(self) -> None:
-        """Factor the system of the examples held."""
+        """Factor the system of the examples held; a memory alone says nothing about ρ, and waits."""
+        if self.damping is None and len(self.held) > self.held.protected:
+            self.damping = self.choose(self.held.factors(), self.held.column("residual"))
+        self._build()
+
+    def _build(self) -> None:
         self.system = ExampleSystem(self)
-        if not len(self.held):
+        if self.damping is None or not len(self.held):
             return
         if self.damping and self.held.column("base").numel() > self.features.size:
             self.system = self._by_parameters(self.damping)

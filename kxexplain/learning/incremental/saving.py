@@ -63,7 +63,7 @@ def save(learner: IncrementalModel, path: str | PathLike[str]) -> Path:
         "next": next(learner.numbers),
         "digest": learner.origin or learner.features.digest(),
     }
-    learner.numbers = counting(facts["next"])  # type: ignore[arg-type]
+    learner.numbers = counting(facts["next"])
     kept = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
