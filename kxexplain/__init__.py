@@ -55,7 +55,8 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     # search and compare
     "GradientIndex", "Neighbors", "compare_svm", "Comparison",
     # learn without retraining
-    "IncrementalModel", "IncrementalClassifier", "Merged", "compare_updates", "Update", "Updates", "subtract", "retrain", "compare_removal", "Removal",
+    "IncrementalModel", "IncrementalClassifier", "Merged", "compare_updates", "Update", "Updates",
+    "subtract", "retrain", "compare_removal", "Removal",
     # data
     "datasets",
     # errors and the warning

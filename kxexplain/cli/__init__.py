@@ -1,4 +1,4 @@
-"""The commands: ``kxexplain demo | train | import | explain | neighbors | compare | verify | info``.
+"""The commands: ``kxexplain demo | train | import | explain | neighbors | compare | increment | verify | info``.
 
 Each one parses its options, calls the library, and prints: a table to read, or one JSON document with ``--json``.
 """
@@ -12,6 +12,7 @@ from kxexplain.cli.console import Commands
 from kxexplain.cli.demo import command as demo
 from kxexplain.cli.explaining import command as explain
 from kxexplain.cli.importing import command as import_
+from kxexplain.cli.increment import command as increment
 from kxexplain.cli.info import command as info
 from kxexplain.cli.neighbors import command as neighbors
 from kxexplain.cli.training import command as train
@@ -47,6 +48,7 @@ app.command("import")(import_)
 app.command("explain")(explain)
 app.command("neighbors")(neighbors)
 app.command("compare")(compare)
+app.command("increment")(increment)
 app.command("verify")(verify)
 app.command("info")(info)
 

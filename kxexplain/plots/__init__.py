@@ -1,5 +1,4 @@
-"""The pictures: an explanation, its neighbours, the comparisons with a support vector
-machine and with retraining.
+"""The pictures: an explanation, its neighbours, the comparisons with a support vector machine and with retraining.
 
 Every function gives a :class:`matplotlib.figure.Figure` of its own, made without pyplot: no window opens, and no
 setting of the caller's changes. Save it with ``figure.savefig(path)``. Blue pushed a prediction up, orange-red down.

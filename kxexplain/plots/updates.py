@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from kxexplain.learning.incremental.alternatives import Updates
 from kxexplain.plots.style import CLASSES, DOWN, FAINT, INK, SOFT, UP, new_figure, tidy, title
@@ -55,6 +56,7 @@ def _draw(axes: Axes, each: list[Updates]) -> None:
             linewidths=1.6, label=name, zorder=2,
         )  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("seconds", fontsize=8.5, color=SOFT)
     axes.set_ylabel("mean accuracy, %", fontsize=8.5, color=SOFT)
     axes.grid(True, color=FAINT, linewidth=0.6)

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from kxexplain.errors import ArgumentError, DatasetError
+from kxexplain.kernels import tangent_kernel
 from kxexplain.kernels.budget import progress_bar
 from kxexplain.learning.incremental.model import IncrementalModel
 from kxexplain.trajectory import Trajectory, count, fetch
@@ -47,6 +48,7 @@ class Update:
         new: accuracy on test examples like the new ones.
         old: accuracy on test examples like the old ones.
         seconds: wall time; that of finding fine-tuning's settings is not counted.
+        processor: seconds of the processor's time, which do not depend on what else the machine does.
         moved: ‖δ‖ / ‖θ‖, how far the weights would move.
         kernel_moved: how far the tangent kernel moves if δ is folded into the weights, ‖K' − K‖ / ‖K‖ on new test
             examples: where it is large, the kernel that was learnt with is not the network's any more.
@@ -57,6 +59,7 @@ class Update:
     new: float
     old: float
     seconds: float
+    processor: float
     moved: float | None = None
     kernel_moved: float | None = None
     settings: str = ""
@@ -91,6 +94,15 @@ class Updates:
     def to_json(self) -> str:
         """The rows as JSON text."""
         return json.dumps(self.summary())
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Mean accuracy against seconds: a figure, also saved to ``path``."""
+        from kxexplain.plots import plot_updates
+
+        figure = plot_updates(self)
+        if path is not None:
+            figure.savefig(path)
+        return figure
 
     def __str__(self) -> str:
         with open(os.devnull, "w") as nowhere:
@@ -204,10 +216,11 @@ class _Measure:
     old: tuple[Any, Tensor]
 
     def __call__(self, name: str, make: Callable[[], nn.Module], settings: str = "") -> Update:
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         predictor = make()
-        seconds = time.perf_counter() - began
-        return Update(name, accuracy(predictor, *self.new), accuracy(predictor, *self.old), seconds, settings=settings)
+        seconds, processor = time.perf_counter() - began, time.process_time() - used
+        new, old = (accuracy(predictor, *part) for part in (self.new, self.old))
+        return Update(name, new, old, seconds, processor, settings=settings)
 
 
 def accuracy(model: nn.Module, inputs: Any, targets: Tensor) -> float:
@@ -237,19 +250,13 @@ def _kernel_row(
         return learner
 
     found = measure(name, make)
-    merged = learner.merge(take(measure.new[0], slice(0, 20)))
     some = take(measure.new[0], slice(0, 20))
-    before, after = (_kernel(m, some) for m in (final, merged.model))
+    merged = learner.merge(some)
+    before, after = (tangent_kernel(m, some) for m in (final, merged.model))
     damping = learner.chosen_damping
     settings = f"rate {given['rate']:g}" if given["rule"] == "gradient" else f"damping {damping:.3g}"
     moved = float((after - before).norm() / before.norm())
-    return Update(name, found.new, found.old, found.seconds, merged.distance, moved, settings)
-
-
-def _kernel(model: nn.Module, inputs: Any) -> Tensor:
-    from kxexplain.kernels import tangent_kernel
-
-    return tangent_kernel(model, inputs)
+    return replace(found, moved=merged.distance, kernel_moved=moved, settings=settings)
 
 
 def _fine_tuned(final: nn.Module, past: TensorDataset, new: Any, measure: _Measure, recipe: _Recipe) -> Update:

@@ -112,11 +112,15 @@ class TangentFeatures:
             self._layout = layout_of(self.model, inputs, trainable(self.model))
         return joined_factors([output_gradients(self.model, part, self._layout)[1] for part in portions(inputs)])
 
-    def gram(self, left: Factors, right: Factors) -> Float[Tensor, "p k"]:
-        """K between two sets of examples, an example's outputs next to each other: [n·C, m·C]."""
-        block = gram(left, right, dtype=self.like.dtype)
+    def gram(self, left: Factors, right: Factors | None = None) -> Float[Tensor, "p k"]:
+        """K between two sets of examples, an example's outputs next to each other: [n·C, m·C].
+
+        Of one set with itself it is exactly symmetric: what is summed in another order rounds in another way.
+        """
+        block = gram(left, left if right is None else right, dtype=self.like.dtype)
         n, c, m, k = block.shape
-        return block.reshape(n * c, m * k)
+        matrix = block.reshape(n * c, m * k)
+        return matrix if right is not None else (matrix + matrix.T) / 2
 
     def linearised(self, inputs: Inputs, vector: Tensors) -> Float[Tensor, "n c"]:
         """f(x) + ⟨φ(x), δ⟩ by one forward and two backward passes, whatever C.

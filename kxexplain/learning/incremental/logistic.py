@@ -125,7 +125,7 @@ class LogisticRule(Rule):
     def learn(self, batch: Batch, outputs: Float[Tensor, "m c"]) -> None:
         """Solve with these as well."""
         features, held = self.features, self.held
-        gram = features.gram(batch.factors, batch.factors)
+        gram = features.gram(batch.factors)
         a, base, goal = torch.zeros_like(batch.goal), batch.base + batch.shift, batch.goal
         if len(held):
             cross = features.gram(held.factors(), batch.factors)
@@ -171,7 +171,7 @@ class LogisticRule(Rule):
         if not len(self.held):
             return
         factors = self.held.factors()
-        self.gram = self.features.gram(factors, factors)
+        self.gram = self.features.gram(factors)
         goal = self.held.column("goal")
         if self.damping is None:
             self.damping = DAMPING * float(self.gram.diagonal().mean())

@@ -36,7 +36,7 @@ class ExampleSystem:
     def learn(self, factors: Factors, residual: Float[Tensor, "m c"]) -> None:
         """Rows are added below."""
         rule, features = self.rule, self.rule.features
-        corner = features.gram(factors, factors)
+        corner = features.gram(factors)
         rho = rule.damping
         assert rho is not None
         trace = self.trace + float(corner.trace())
@@ -54,7 +54,7 @@ class ExampleSystem:
         features, row = self.rule.features, self.rule.held.rows[i]
         c = row.base.shape[1]
         self.lower = without(self.lower, slice(i * c, (i + 1) * c))
-        self.trace -= float(features.gram(row.factors, row.factors).trace())
+        self.trace -= float(features.gram(row.factors).trace())
 
     def solve(self, residual: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
         """A."""
@@ -109,7 +109,7 @@ class RidgeRule(Rule):
         if n * c > JUDGED:
             rows = torch.linspace(0, n - 1, max(2, JUDGED // c)).long().unique()
             factors, residual = take(factors, rows), residual[rows]
-        return left_out.chosen(self.features.gram(factors, factors), residual)
+        return left_out.chosen(self.features.gram(factors), residual)
 
     def learn(self, batch: Batch, outputs: Float[Tensor, "m c"]) -> None:
         """Solve with these as well."""

@@ -179,7 +179,7 @@ class GradientRule(Rule):
         """Prepare the memory's system."""
         self._lower = None
         if self.held.protected:
-            gram = self.features.gram(self._past().factors(), self._past().factors())
+            gram = self.features.gram(self._past().factors())
             if self.damping is None:
                 self.damping = DAMPING * float(gram.diagonal().mean())
             floor = self.floor(float(gram.trace()))
