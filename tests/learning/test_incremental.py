@@ -164,17 +164,17 @@ def test_both_forms_and_float32_predict_the_same(rule: Any) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_what_is_no_longer_held_stays_learnt(rule: Any) -> None:
-    (x, y), (more, _) = examples(40), examples(9, seed=1)
+    (x, y), (more, _) = examples(20), examples(9, seed=1)
     learner = kx.IncrementalModel(network(), rule=rule, damping=0.3, remember=6)
-    for i in range(40):
+    for i in range(20):
         learner.learn(x[i : i + 1], y[i : i + 1])
         assert len(learner.held) <= 6
-    assert learner.ids == list(range(34, 40))
+    assert learner.ids == list(range(14, 20))
     assert learner.form == "vector"
     with pytest.raises(ArgumentError, match="remember=6"):
         learner.forget(3)
     before = learner(more)
-    learner.forget(38)
+    learner.forget(18)
     assert relative(learner(more), before) > 1e-5
 
 
@@ -434,9 +434,8 @@ def test_models_of_any_kind() -> None:
         (torch.zeros(2, 4).double(), [0, 1], {"ids": [1.5, 2]}, ArgumentError, "whole number or a text"),
     ],
 )
-@pytest.mark.parametrize("rule", RULES)
-def test_wrong_input_changes_nothing(rule: Any, x: Tensor, y: Any, options: Any, kind: Any, message: str) -> None:
-    learner, (old, label) = kx.IncrementalModel(network(), rule=rule), examples(1)
+def test_wrong_input_changes_nothing(x: Tensor, y: Any, options: Any, kind: Any, message: str) -> None:
+    learner, (old, label) = kx.IncrementalModel(network()), examples(1)
     learner.learn(old, label, ids=["old"])
     before = learner(old)
     with pytest.raises(kind, match=message):
@@ -484,8 +483,10 @@ def recorded(tmp_path: Path) -> tuple[kx.Trajectory, nn.Module, Any]:
     return kx.train(model, data, epochs=2, batch_size=5, out=tmp_path / "run", progress=False), model, data
 
 
-@pytest.mark.parametrize("target", ["predicted", "label", 1, "all"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "target"),
+    [("ridge", "all"), ("ridge", 1), ("gradient", "label"), ("logistic", "predicted")],
+)
 def test_added_terms_are_lines_of_the_bill(recorded: Any, rule: Any, target: Any, tmp_path: Path) -> None:
     run, model, data = recorded
     (x, y), (more, label) = examples(5), examples(3, seed=1)
@@ -550,3 +551,19 @@ def test_what_cannot_be_explained(recorded: Any) -> None:
     plain = learner.explain(data, x)
     assert not plain.added_names
     torch.testing.assert_close(plain.prediction, kx.explain(run, model, data, x).prediction)
+
+
+def test_the_optimum_is_found_in_float32_with_a_large_kernel() -> None:
+    # Gradients of float32 make a Gram matrix that is symmetric to 1e-7 only; Newton's method stalled on it once.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    x, y = 3 * torch.randn(40, 64), torch.randint(10, (40,))
+    learner = kx.IncrementalModel(model, rule="logistic", memory=x[:10])
+    for rows in (slice(10, 30), slice(30, 33), slice(33, 40)):
+        learner.learn(x[rows], y[rows])
+    a, held = learner.engine.coefficients(), learner.held
+    assert torch.equal(learner.engine.gram, learner.engine.gram.T)  # type: ignore[attr-defined]
+    outputs = held.column("base") + (learner.engine.gram @ a.flatten()).view_as(a)  # type: ignore[attr-defined]
+    assert learner.chosen_damping is not None
+    gap = held.column("goal") - outputs.softmax(1) - learner.chosen_damping * a
+    assert float(gap.abs().max()) < 1e-8

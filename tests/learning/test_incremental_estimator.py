@@ -17,11 +17,19 @@ from torch import nn
 import kxexplain as kx
 from kxexplain.errors import ArgumentError, DatasetError
 
-CHECKS = list(estimator_checks_generator(kx.IncrementalClassifier(damping=1.0, hidden=(16,))))
+QUICK = ("check_estimators_partial_fit_n_features", "check_estimators_nan_inf", "check_estimators_pickle",
+         "check_classifiers_classes", "check_n_features_in_after_fitting", "check_no_attributes_set_in_init")  # fmt: skip
+"""scikit-learn's checks that every run takes; all of them are slow ones together."""
+
+CHECKS = [
+    pytest.param(check, id=name, marks=() if name in QUICK else pytest.mark.slow)
+    for _, check in estimator_checks_generator(kx.IncrementalClassifier(damping=1.0, hidden=(16,)))
+    for name in [getattr(check, "func", check).__name__]
+]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("check", [c for _, c in CHECKS], ids=[getattr(c, "func", c).__name__ for _, c in CHECKS])
+@pytest.mark.parametrize("check", CHECKS)
 def test_scikit_learns_own_checks(check: Any) -> None:
     check(kx.IncrementalClassifier(damping=1.0, hidden=(16,)))
 
