@@ -17,9 +17,11 @@ from torch import nn
 import kxexplain as kx
 from kxexplain.errors import ArgumentError, DatasetError
 
-QUICK = ("check_estimators_partial_fit_n_features", "check_estimators_nan_inf", "check_estimators_pickle",
-         "check_classifiers_classes", "check_n_features_in_after_fitting", "check_no_attributes_set_in_init")  # fmt: skip
-"""scikit-learn's checks that every run takes; all of them are slow ones together."""
+QUICK = (
+    "check_estimators_partial_fit_n_features", "check_estimators_nan_inf", "check_estimators_pickle",
+    "check_classifiers_classes", "check_n_features_in_after_fitting", "check_no_attributes_set_in_init",
+)  # fmt: skip
+"""scikit-learn's checks that every run takes; the others are slow ones."""
 
 CHECKS = [
     pytest.param(check, id=name, marks=() if name in QUICK else pytest.mark.slow)
