@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from kxexplain.learning.incremental.alternatives import Updates
 from kxexplain.plots.style import CLASSES, DOWN, FAINT, INK, SOFT, UP, new_figure, tidy, title
@@ -29,7 +29,7 @@ def plot_updates(found: Updates | Mapping[str, Updates | Sequence[Updates]]) -> 
     }  # fmt: skip
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = new_figure(0.6 + 2.9 * rows, 1.2 + 3.2 * columns)
+    figure = new_figure(0.8 + 2.9 * rows, 2.4 + 3.2 * columns)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
@@ -37,7 +37,15 @@ def plot_updates(found: Updates | Mapping[str, Updates | Sequence[Updates]]) -> 
         _draw(axes, each)
         title(axes, name)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8, labelcolor=INK)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=3 if columns == 1 else 5,
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+    )
     return figure
 
 
@@ -56,7 +64,9 @@ def _draw(axes: Axes, each: list[Updates]) -> None:
             linewidths=1.6, label=name, zorder=2,
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("seconds", fontsize=8.5, color=SOFT)
     axes.set_ylabel("mean accuracy, %", fontsize=8.5, color=SOFT)
     axes.grid(True, color=FAINT, linewidth=0.6)

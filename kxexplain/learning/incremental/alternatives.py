@@ -163,6 +163,8 @@ def compare_updates(
     past = TensorDataset(take(parts["old"][0], kept), parts["old"][1][kept])  # type: ignore[arg-type]
     recipe = _Recipe.of(trajectory, seed)
     measure = _Measure(parts["new_test"], parts["old_test"])
+    if chosen:  # what torch prepares at the first call of a process is nobody's time
+        IncrementalModel(final).learn(take(parts["new"][0], slice(0, 2)), parts["new"][1][:2])
     found = [measure("no update", lambda: final)]
     with progress_bar(progress, len(chosen) + 2, "updating") as tick:
         for name in chosen:
