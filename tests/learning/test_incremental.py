@@ -567,3 +567,47 @@ def test_the_optimum_is_found_in_float32_with_a_large_kernel() -> None:
     assert learner.chosen_damping is not None
     gap = held.column("goal") - outputs.softmax(1) - learner.chosen_damping * a
     assert float(gap.abs().max()) < 1e-8
+
+
+class Once(torch.autograd.Function):
+    """tanh, whose derivative torch will not differentiate again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.tanh())
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (1 - ctx.saved_tensors[0] ** 2)
+
+
+class Bent(nn.Module):
+    """A network with that function, and outputs of one number an example, [n]."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.plain = nn.Linear(4, 6).double(), nn.Linear(6, 1).double(), plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(h.tanh() if self.plain else Once.apply(h))[:, 0]
+
+
+@pytest.mark.parametrize("rule", ["gradient", "ridge"])
+def test_outputs_of_any_shape_and_operations_without_a_second_derivative(rule: Any) -> None:
+    (x, _), (more, _) = examples(20), examples(5, seed=1)
+    y = x[:, 0].sin()
+    found = []
+    for plain in (True, False):
+        own = lambda outputs, targets: (outputs - targets).square()  # noqa: E731
+        learner = kx.IncrementalModel(Bent(plain), rule=rule, damping=0.1, loss=own, remember=5, memory=more[3:])
+        learner(more)  # nothing learnt yet says nothing about derivatives
+        learner.learn(x, y)
+        assert learner.form == "vector"
+        found.append(learner(more))
+        assert found[-1].shape == (5,)
+        assert learner.predict(more).shape == (5, 1)
+    torch.testing.assert_close(*found)

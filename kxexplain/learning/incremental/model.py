@@ -138,8 +138,9 @@ class IncrementalModel(nn.Module):
         return GradientRule(self.features, self.held, self.damping, self._losses, self.rate)
 
     def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if self.loss is not None:
-            return self.loss(outputs, targets)
+        if self.loss is not None:  # which may want outputs in the shape that the model gives them
+            shape = (-1, *self.features.shape)
+            return self.loss(outputs.reshape(shape), targets.reshape(shape) if targets.is_floating_point() else targets)
         single = "logistic" if outputs.shape[1] == 1 else "cross_entropy"
         return LOSSES["mse" if targets.is_floating_point() else single](outputs, targets)
 
@@ -153,7 +154,8 @@ class IncrementalModel(nn.Module):
         """
         batch: Inputs = named or (inputs[0] if len(inputs) == 1 else inputs)
         with torch.no_grad():
-            return self._predicted(batch)
+            outputs = self._predicted(batch)
+        return outputs.reshape(-1, *self.features.shape)
 
     def _predicted(self, inputs: Inputs) -> Float[Tensor, "n c"]:
         if self.learnt and self.form == "vector":
