@@ -14,7 +14,9 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 pytho
 	$(shell $(p) -c '$(NEW_ENOUGH)' 2>/dev/null && echo $(p))))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 # Two test processes on one thread each are faster than each of them on all threads.
-BENCHMARKS ?= recording_overhead explain_speed tangent_gram adam_speed explaind fashion trainer_throughput convex_bounds schedules flooding convex svm_table alpha_independence kernel_machine retrieval million fashion_retrieval
+BENCHMARKS ?= recording_overhead explain_speed tangent_gram adam_speed explaind fashion trainer_throughput \
+	convex_bounds schedules flooding retrieval million fashion_retrieval convex svm_table alpha_independence \
+	kernel_machine incremental stream
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 export MPLBACKEND := Agg

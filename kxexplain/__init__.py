@@ -39,8 +39,11 @@ from kxexplain.learning.bounds import Bounds, bounds, minimize
 from kxexplain.learning.comparison import Comparison, KernelRow
 from kxexplain.learning.convex import DualForm, dual_coefficients
 from kxexplain.learning.diagnostics import GradientInequality, gradient_inequality, gradient_inequality_along
+from kxexplain.learning.incremental import IncrementalModel, Merged
+from kxexplain.learning.incremental.alternatives import Update, Updates, compare_updates
 from kxexplain.learning.kernel_machine import KernelMachine
 from kxexplain.learning.objectives import flooded, input_penalty, parameter_penalty
+from kxexplain.learning.removal import Removal, compare_removal, retrain, subtract
 from kxexplain.learning.scheduler import GradientSchedule
 from kxexplain.learning.schedules import Schedule
 from kxexplain.learning.svm import compare_svm
@@ -50,6 +53,7 @@ from kxexplain.trajectory import Objective, Recorder, Trajectory, import_checkpo
 
 if TYPE_CHECKING:
     from kxexplain.learning.estimators import PathKernelClassifier, PathKernelRegressor
+    from kxexplain.learning.incremental.estimator import IncrementalClassifier
     from kxexplain.learning.network_kernel import NetworkKernel
     from kxexplain.learning.tangent_features import TangentFeatures
 
@@ -72,6 +76,9 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     "additive_guess", "AdditiveGuess",
     # kernel machines, and scikit-learn's side
     "KernelMachine", "NetworkKernel", "TangentFeatures", "PathKernelClassifier", "PathKernelRegressor",
+    # learn without retraining
+    "IncrementalModel", "IncrementalClassifier", "Merged", "compare_updates", "Update", "Updates",
+    "subtract", "retrain", "compare_removal", "Removal",
     # data
     "datasets",
     # errors and the warning
@@ -84,6 +91,7 @@ LATE = {
     "PathKernelRegressor": "kxexplain.learning.estimators",
     "NetworkKernel": "kxexplain.learning.network_kernel",
     "TangentFeatures": "kxexplain.learning.tangent_features",
+    "IncrementalClassifier": "kxexplain.learning.incremental.estimator",
     "plot_bounds": "kxexplain.plots",
     "plot_training": "kxexplain.plots",
 }

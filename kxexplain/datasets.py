@@ -181,6 +181,34 @@ def toy(n: int = 200, seed: int = 0, kind: str = "moons", noise: float = 0.1) ->
     return Split(train, test, "toy", ("0", "1"), None)
 
 
+def rotated(split: Split, degrees: float) -> Split:
+    """Give the same pictures, turned counter-clockwise about their middle; corners that come from outside are 0.
+
+    Raises:
+        ArgumentError: the inputs are no pictures, or the angle is no finite number.
+
+    >>> turned = rotated(digits(), 90)
+    >>> picture = digits().train[0][0].reshape(8, 8)
+    >>> torch.allclose(turned.train[0][0].reshape(8, 8), picture.rot90(), atol=1e-5)
+    True
+    """
+    if split.image_shape is None:
+        raise ArgumentError(f"the inputs of {split.name!r} are no pictures; give a data set of images")
+    if not math.isfinite(degrees):
+        raise ArgumentError(f"got degrees={degrees}; expected a finite number")
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+
+    def turned(part: TensorDataset) -> TensorDataset:
+        images, labels = part.tensors
+        pictures = images.reshape(-1, *(split.image_shape or ()))
+        turn = pictures.new_tensor([[cosine, -sine, 0.0], [sine, cosine, 0.0]]).expand(len(pictures), 2, 3)
+        grid = torch.nn.functional.affine_grid(turn, list(pictures.shape), align_corners=False)
+        found = torch.nn.functional.grid_sample(pictures, grid, align_corners=False)
+        return TensorDataset(found.reshape(images.shape), labels)
+
+    return Split(turned(split.train), turned(split.test), split.name, split.classes, split.image_shape)
+
+
 def load(name: str, **options: Any) -> Split:
     """Give the set of that name, one of :data:`NAMES`; options go to the function of the same name.
 

@@ -20,7 +20,7 @@ from kxexplain.cli.console import numbers
 from kxexplain.search import GradientIndex
 from kxexplain.trajectory import Trajectory
 
-COMMANDS = ("demo", "train", "import", "explain", "neighbors", "compare", "verify", "info")
+COMMANDS = ("demo", "train", "import", "explain", "neighbors", "compare", "increment", "verify", "info")
 FRESH = count()
 
 MINE = """
@@ -486,3 +486,26 @@ def test_schedules_and_objectives(tmp_path: Path) -> None:
     assert "unknown schedule" in fails(1, "train", *small, "--schedule", "fast", "--out", "new")
     assert "give one of them" in fails(1, "train", *small, "--flooding", "1", "--ascent", "0.5", "--out", "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_increment_compares_the_ways_to_take_new_examples_in(run: Path, mine: str, tmp_path: Path) -> None:
+    rows = ("--rows", "ridge; logistic, memory")
+    found = json.loads(ok("increment", run, "--count", 10, "--memory", 5, *rows, "--out", "new", "--json"))
+    assert [row["name"] for row in found["updates"]] == [
+        "no update", "ridge", "logistic, memory", "fine-tuning", "retraining",
+    ]  # fmt: skip
+    assert found["new_examples"] == 10
+    assert (tmp_path / "new" / "updates.png").is_file()
+    assert "retraining" in ok("increment", run, "--count", 5, "--rows", "gradient")
+    for wrong, message in (
+        (("--rows", "svm"), "expected some of"),
+        (("--rotate", "30"), "are no pictures"),
+        (("--damping", "-1", *rows), "damping=-1.0"),
+    ):
+        result = call("increment", run, *wrong)
+        assert result.exit_code == 1
+        assert message in " ".join(result.stderr.split())
+    ok("train", "--data", f"{mine}:data", "--model", f"{mine}:model", "--epochs", "1", "--out", "own")
+    own = ok("increment", "own", "--new", f"{mine}:data", "--rows", "gradient", "--json")
+    assert json.loads(own)["new_examples"] == 20
+    assert call("increment", "own", "--new", f"{mine}:data", "--rotate", "3").exit_code == 2

@@ -27,11 +27,12 @@ LINES = ("baseline", "contributions", "regularizer", "penalty", "buffers", "unat
 AXES = {
     "contributions": "qnc", **dict.fromkeys((n for n in LINES if n != "contributions"), "qc"), "path_kernel": "qncc",
     "output": "q", "timeline.steps": "S", "timeline.examples": "qk", "timeline.bins": "B", "timeline.shares": "bqkc",
-    **{f"totals.{name}": "sqc" for name in LINES[1:6]},
+    **{f"totals.{name}": "sqc" for name in LINES[1:6]}, "added": "qac",
 }  # fmt: skip
-"""A file's tensors: query, example n, output c (if all are explained), segment s, bin b, and their borders S and B."""
+"""A file's tensors: query, example n, output c (if all are explained), segment s, bin b, their borders S and B, and
+terms a that were added after training."""
 WHOLE_NUMBERS = ("output", "timeline.steps", "timeline.examples", "timeline.bins")
-OPTIONAL = ("path_kernel", "output")
+OPTIONAL = ("path_kernel", "output", "added")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Explanation:
         facts: what was explained and how.
         dataset: the training examples, for pictures; not saved.
         queries: the queries' inputs.
+        added: terms that came after training (:meth:`kxexplain.IncrementalModel.explain`), [query, term].
+        added_names: what those are called.
     """
 
     contributions: Tensor
@@ -112,6 +115,8 @@ class Explanation:
     facts: dict[str, Any] = field(default_factory=dict)
     dataset: Any = field(default=None, repr=False, compare=False)
     queries: Any = field(default=None, repr=False, compare=False)
+    added: Tensor | None = None
+    added_names: Sequence[str] = ()
 
     def __len__(self) -> int:
         return self.contributions.shape[0]
@@ -171,8 +176,10 @@ class Explanation:
         totals = {name: t[..., output] for name, t in line.totals.items()}
         parts = {name: getattr(self, name)[..., output] for name in LINES}
         number = torch.full((len(self),), output % columns)
+        added = None if self.added is None else self.added[..., output]
+        facts = {**self.facts, "target": str(output % columns)}
         return replace(
-            self, **parts, path_kernel=None, output=number, facts={**self.facts, "target": str(output % columns)},
+            self, **parts, path_kernel=None, output=number, added=added, facts=facts,
             timeline=replace(line, totals=totals, shares=line.shares[..., output]),
         )  # fmt: skip
 
@@ -223,6 +230,7 @@ class Explanation:
         lines = [(f"example {i}{self._label(i)}", v) for i, v in up]
         lines.append((f"{one.contributions.shape[1] - len(up) - len(down)} other examples", rest))
         lines += [(f"example {i}{self._label(i)}", v) for i, v in reversed(down)]
+        lines += one._added_lines(query, k)
         rounding = float(one.remainder[query])
         visible = 1e-5 * max(abs(float(one.prediction[query])), abs(float(one.baseline[query])), 1e-30)
         for name in LINES[2:6]:
@@ -242,6 +250,18 @@ class Explanation:
         table.add_section()
         table.add_row("prediction", "", f"{float(one.prediction[query]):+.4f}")
         return table
+
+    def _added_lines(self, query: int, k: int) -> list[tuple[str, float]]:
+        """The 2k largest of the terms that came after training, in the order they came, and the sum of the others."""
+        if self.added is None or not self.added_names:
+            return []
+        values = self.added[query].double()
+        largest = sorted(values.abs().topk(min(2 * k, len(values))).indices.tolist())
+        lines = [(f"added: {self.added_names[i]}", float(values[i])) for i in largest]
+        if len(largest) < len(values):
+            rest = float(values.sum()) - sum(v for _, v in lines)
+            lines.append((f"added: {len(values) - len(largest)} others", rest))
+        return lines
 
     def bill(self, query: int = 0, k: int = 5) -> str:
         """One query's bill as text: :meth:`table`, drawn.
@@ -304,7 +324,7 @@ class Explanation:
         target = Path(path)
         if target.is_dir():
             raise TrajectoryError(f"{target} is a folder; give the name of a file to write the explanation to")
-        tensors = {name: getattr(self, name) for name in (*LINES, "path_kernel", "output", "labels")}
+        tensors = {name: getattr(self, name) for name in (*LINES, "path_kernel", "output", "labels", "added")}
         tensors |= {
             f"timeline.{name}": getattr(self.timeline, name) for name in ("steps", "examples", "bins", "shares")
         }
@@ -312,9 +332,10 @@ class Explanation:
         if isinstance(self.queries, Tensor):
             tensors["queries"] = self.queries
         kept = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items() if value is not None}
+        facts = {**self.facts, "added": list(self.added_names)} if self.added_names else self.facts
         unfinished = target.with_name(f".{target.name}.unfinished")
         try:
-            save_file(kept, unfinished, {"format": FORMAT, "facts": json.dumps(self.facts)})
+            save_file(kept, unfinished, {"format": FORMAT, "facts": json.dumps(facts)})
             os.replace(unfinished, target)
         except (OSError, SafetensorError) as error:
             raise TrajectoryError(
@@ -359,6 +380,8 @@ class Explanation:
             labels=tensors.get("labels"),
             queries=tensors.get("queries"),
             timeline=timeline,
+            added=tensors.get("added"),
+            added_names=tuple(facts.pop("added", ())),
             facts=facts,
             dataset=dataset,
         )

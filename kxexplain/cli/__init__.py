@@ -1,4 +1,4 @@
-"""The commands: ``kxexplain demo | train | import | explain | index | neighbors | compare | verify | info``.
+"""The commands: ``kxexplain demo``, ``train``, ``import``, ``explain``, ``index`` …: the list is at the end of this file.
 
 Each one parses its options, calls the library, and prints: a table to read, or one JSON document with ``--json``.
 """
@@ -12,6 +12,7 @@ from kxexplain.cli.console import Commands
 from kxexplain.cli.demo import command as demo
 from kxexplain.cli.explaining import command as explain
 from kxexplain.cli.importing import command as import_
+from kxexplain.cli.increment import command as increment
 from kxexplain.cli.indexing import app as index
 from kxexplain.cli.info import command as info
 from kxexplain.cli.neighbors import command as neighbors
@@ -49,6 +50,7 @@ app.command("explain")(explain)
 app.add_typer(index, name="index")
 app.command("neighbors")(neighbors)
 app.command("compare")(compare)
+app.command("increment")(increment)
 app.command("verify")(verify)
 app.command("info")(info)
 

@@ -99,7 +99,7 @@ class TangentKernel:
                 pile.add(made, part.stop - part.start, 1.0)
             else:
                 others.append(made)
-        return _joined([pile.gathered(), *others])
+        return joined_factors([pile.gathered(), *others])
 
     def _differentiated(self, inputs: Inputs, rows: Span) -> Factors:
         return output_gradients(self.model, take(inputs, rows), self.layout, self._select())[1]
@@ -157,7 +157,7 @@ def _part(factors: Factors, held: Span, wanted: Span) -> Factors:
     return rows_of(factors, slice(wanted.start - held.start, wanted.stop - held.start))
 
 
-def _joined(pieces: list[Factors]) -> Factors:
+def joined_factors(pieces: list[Factors]) -> Factors:
     """Pieces one after the other; written out where passes met different uses, zero where one met none."""
     if len({signature(piece) for piece in pieces}) > 1:
         written = [{d.weight: d for d in merge([d for f in piece for d in f.dense()])} for piece in pieces]

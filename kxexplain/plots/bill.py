@@ -51,6 +51,9 @@ class Bill:
             lines.append((_counted(others, "other example") + ", net", rest, colour(rest)))
         if downs:
             lines.append((_counted(len(downs), "top opponent"), sum(downs), colour(-1)))
+        if explanation.added is not None and explanation.added_names:
+            later = float(explanation.added[query].double().sum())
+            lines.append((_counted(len(explanation.added_names), "added term") + ", net", later, colour(later)))
         baseline, prediction = (float(t[query]) for t in (explanation.baseline, explanation.prediction))
         scale = max(abs(v) for v in (baseline, prediction, *(v for _, v, _ in lines)))
         places = decimals(scale)

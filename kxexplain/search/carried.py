@@ -34,6 +34,7 @@ Moved = dict[str, Coefficient]
 class Carried:
     """Goes back over a trajectory's steps and tells what each step's gradients move in which segment.
 
+    >>> import torch
     >>> from kxexplain.trajectory.optimizers import Recursion
     >>> none, recursions = torch.empty(0), {"w": Recursion(intake=1.0, memory=0.5, applied=0.1)}
     >>> step = Step(none, [], none, None, 1.0, recursions, decaying={}, strays={}, penalty={})

@@ -2,10 +2,10 @@
 
 ``units.npy`` and ``norms.npy`` hold the features as :class:`kxexplain.search.sketches.Sketches` keeps them, ``ids.npy``
 and ``labels.npy`` whose they are. Arrays are opened memory-mapped, so that several processes share one copy, and
-opening one runs no code. Every file is written under a temporary name and renamed, the manifest last; it holds the others'
-sizes and SHA-256 sums, and one of itself. Reading checks them before anything else looks at a byte. The sums tell
-damage, not malice: take FAISS files (``*.faiss``) only from people whose code you would run, or rebuild them from the
-features by opening a "Flat" index.
+opening one runs no code. Every file is written under a temporary name and renamed, the manifest last; it holds the
+others' sizes and SHA-256 sums, and one of itself. Reading checks them before anything else looks at a byte. The sums
+tell damage, not malice: take FAISS files (``*.faiss``) only from people whose code you would run, or rebuild them from
+the features by opening a "Flat" index.
 """
 
 from __future__ import annotations

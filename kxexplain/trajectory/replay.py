@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
@@ -106,12 +107,15 @@ class Replayer:
         """Go to a recorded state: parameters, buffers, optimiser, generators and modes."""
         self._load(self.trajectory.state(step))
 
-    def advance(self, watch: Watch | None = None) -> ReplayedStep:
+    def advance(self, watch: Watch | None = None, indices: Sequence[int] | None = None) -> ReplayedStep:
         """Redo the step at ``position``.
 
-        ``ReplayError`` if a state is recorded behind it and the step does not arrive there.
+        With ``indices``, on these examples instead of the recorded batch: what would have been, which arrives at no
+        recorded state. ``ReplayError`` if a state is recorded behind the step and it does not arrive there.
         """
         record = self._next_record()
+        if indices is not None:
+            record = replace(record, indices=np.asarray(indices, dtype=np.int64))
         self._restore(record.step)
         trained = [p for p in self._optimized if p.requires_grad]
         inputs, targets = fetch(self.dataset, record.indices, self.device)
@@ -129,7 +133,7 @@ class Replayer:
         self.optimizer.step()
         self._rng = rng.capture(self.device)
         self.position += 1
-        if self.position in self._recorded:
+        if self.position in self._recorded and indices is None:
             self._arrive()
         named, penalty = (
             {self._names[id(p)]: _whole(g) for p, g in zip(trained, part, strict=True) if g is not None}

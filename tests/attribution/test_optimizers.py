@@ -144,7 +144,9 @@ def test_as_carried_forward(name: str, stride: int | None, tmp_path: Path) -> No
     assert_close(found.contributions, expected, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["momentum", "adam, l2", "nesterov"])
+@pytest.mark.parametrize(
+    "name", ["adam, l2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("momentum", "nesterov"))]
+)
 def test_memory_changes_nothing(name: str, tmp_path: Path) -> None:
     """However little memory: more portions of queries, shorter pieces of the trajectory."""
     problem = CASES["mlp-tanh"].build()

@@ -102,7 +102,9 @@ def test_queries_of_several_tensors(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stride", [1, None])
-@pytest.mark.parametrize("name", ["mlp-gelu", "encoder", "tied-embedding", "cnn-max", "scalar"])
+@pytest.mark.parametrize(
+    "name", ["mlp-gelu", "tied-embedding", "cnn-max", "scalar", pytest.param("encoder", marks=pytest.mark.slow)]
+)
 def test_kernel_and_alpha(name: str, stride: int | None, tmp_path: Path) -> None:
     problem = CASES[name].build()
     trajectory = run(problem, tmp_path, CASES[name].rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -55,7 +56,12 @@ def secant_of(case: Case, dtype: torch.dtype, size: float, queries: int = 4):
     return problem, start, end, found
 
 
-@pytest.mark.parametrize("size", [1e-6, 1e-2, 1.0])
+def some_slow(names: Iterable[str]) -> list[Any]:
+    """The names; variants of the encoder and of the LSTM, which take long, only where time does not count."""
+    return [pytest.param(n, marks=pytest.mark.slow) if n.startswith(("encoder-", "lstm-")) else n for n in names]
+
+
+@pytest.mark.parametrize("size", [1e-6, pytest.param(1e-2, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("name", list(CASES))
 def test_completeness_at_steps_of_any_size(name: str, size: float, dtype: torch.dtype) -> None:
     problem, start, end, found = secant_of(CASES[name], dtype, size)
@@ -69,7 +75,7 @@ def test_completeness_at_steps_of_any_size(name: str, size: float, dtype: torch.
     assert float(error) <= COMPLETE[dtype] * float(change.norm()) + float(floor)
 
 
-@pytest.mark.parametrize("name", cases.names(smooth=True))
+@pytest.mark.parametrize("name", some_slow(cases.names(smooth=True)))
 def test_nearly_equal_ends_give_the_ordinary_gradient(name: str) -> None:
     problem, _start, _end, found = secant_of(CASES[name], torch.float64, 1e-7)
     parameters = reference.parameters(problem.model)
@@ -83,7 +89,7 @@ def test_nearly_equal_ends_give_the_ordinary_gradient(name: str) -> None:
         assert float((found.along(probe) - expected).norm() / scale) < 2e-5, key
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", some_slow(CASES))
 def test_an_example_s_gradient_does_not_depend_on_its_company(name: str) -> None:
     """D of a batch is D of each alone: completeness of the sum must not hide a swap among examples."""
     problem, start, end, together = secant_of(CASES[name], torch.float64, 0.1)

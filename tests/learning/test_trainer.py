@@ -550,7 +550,7 @@ train(model, examples(), "cross_entropy", optimizer, scheduler=scheduler, epochs
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_processes_stopped_at_random(tmp_path, number):
     """Stopped by a signal at some moment after the first rows were flushed; a second process finishes the run."""
     out, epochs = tmp_path / "run", 75

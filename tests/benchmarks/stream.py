@@ -1,0 +1,79 @@
+"""Ten thousand examples, one at a time: time per example and memory stay as they are.
+
+Digits network 64-32-10; its training examples come again and again, with noise. The gradient rule with all 2,410
+parameters, and the ridge rule with the last layer's 330, whose system then has 330 rows however many have come. The
+last 100 examples stay forgettable.
+
+    .venv/bin/python tests/benchmarks/stream.py [--examples 10000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import kxexplain as kx
+from tests.benchmarks.environment import write_result
+
+
+def streamed(options: dict[str, Any], count: int) -> dict[str, Any]:
+    data = kx.datasets.digits()
+    (x, y), (xt, yt) = data.train.tensors, data.test.tensors
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    kx.train(model, torch.utils.data.Subset(data.train, range(300)), epochs=10, out=options.pop("out"), progress=False)
+    learner = kx.IncrementalModel(model, remember=100, **options)
+    wall, processor, memory = [], [], []
+    for i in range(count):
+        at = i % len(x)
+        example = x[at : at + 1] + 0.1 * torch.randn(1, 64)
+        began, used = time.perf_counter(), time.process_time()
+        learner.learn(example, y[at : at + 1])
+        learner.vector()
+        wall.append(time.perf_counter() - began)
+        processor.append(time.process_time() - used)
+        if (i + 1) % 1000 == 0:
+            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    part = max(1, count // 10)
+    means = {f"{name}_ms_by_tenth": [1e3 * sum(v[a : a + part]) / part for a in range(0, count, part)]
+             for name, v in (("wall", wall), ("processor", processor))}  # fmt: skip
+    # Among one other, the first hundred fill the window and build the system.
+    ratio = sum(processor[-part:]) / sum(processor[:part])
+    before = float((model(xt).argmax(1) == yt).double().mean())
+    after = float((learner.predict(xt) == yt).double().mean())
+    return {
+        **means,
+        "last_tenth_over_first_processor": ratio,
+        "last_tenth_over_first_wall": sum(wall[-part:]) / sum(wall[:part]),
+        "limit_last_over_first": 1.5,
+        "peak_memory_mb_by_1000": memory,
+        "test_accuracy_before": before,
+        "test_accuracy_after": after,
+    }
+
+
+def main() -> None:
+    import tempfile
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=10_000)
+    count = parser.parse_args().examples
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        result = {
+            "gradient": streamed({"rule": "gradient", "rate": 0.02, "out": f"{folder}/a"}, count),
+            "ridge_last_layer": streamed(
+                {"rule": "ridge", "damping": 1.0, "parameters": ["2"], "out": f"{folder}/b"}, count
+            ),
+        }
+    write_result(Path(__file__).stem, {"examples": count, **result})
+
+
+if __name__ == "__main__":
+    main()
