@@ -1,4 +1,4 @@
-"""The commands: ``kxexplain demo``, ``train``, ``import``, ``explain``, ``index`` …: the list is at the end of this file.
+"""The commands: ``kxexplain demo``, ``train``, ``import``, ``explain``, ``index`` …: listed at the end of this file.
 
 Each one parses its options, calls the library, and prints: a table to read, or one JSON document with ``--json``.
 """
