@@ -16,6 +16,9 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 
+ALWAYS = ("01", "04", "06")
+"""Tutorials that run with every test run; the others take longer, and run with ``make slow``."""
+
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
 
@@ -67,7 +70,10 @@ def test_every_section_ends_with_a_checked_claim(file: Path) -> None:
         assert "assert " in check.source, heading
 
 
-@each_notebook
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(f, marks=[] if f.stem[:2] in ALWAYS else pytest.mark.slow, id=f.stem) for f in NOTEBOOKS],
+)
 def test_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))

@@ -204,6 +204,7 @@ def test_the_automatic_choice_fits_the_memory(n: int, dim: int, memory: int) -> 
     assert codes == 0 or dim % codes == 0
 
 
+@pytest.mark.slow
 def test_a_dimension_for_a_recall(digits: Trained) -> None:
     dim = kx.dim_for_recall(*digits[:3], digits.queries, 0.9, rerank=0)
     exact = kx.explain(*digits[:3], digits.queries, kernel=False).top(10).proponents

@@ -300,7 +300,7 @@ with record(model, optimizer, "cross_entropy", data, out=sys.argv[1], keep=int(s
 """
 
 
-@pytest.mark.parametrize(("keep", "wait"), [(1, 0.7), (50, 1.3)])
+@pytest.mark.parametrize(("keep", "wait"), [(1, 0.7), pytest.param(50, 1.3, marks=pytest.mark.slow)])
 def test_killed_in_the_middle(tmp_path, keep, wait):
     out = tmp_path / "run"
     root = Path(__file__).parents[2]
