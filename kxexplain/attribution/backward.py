@@ -15,10 +15,6 @@ and Y those at the segment's end, and A, B, C do not depend on the query: only W
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -26,240 +22,14 @@ from torch import Tensor
 
 from kxexplain.attribution.ledger import Ledger, against
 from kxexplain.attribution.queries import QuerySide
-from kxexplain.attribution.rounding import cancelled, without
-from kxexplain.attribution.walk import Segment, bounds, mask_of, pull_of, share_of, watch_of, watched
+from kxexplain.attribution.stretches import Step, Stretch, Stretches, is_elementwise, is_zero
+from kxexplain.attribution.walk import Segment
 from kxexplain.gradients.discrete import Secant
-from kxexplain.gradients.factors import Factors, scale, size, take, wide
-from kxexplain.gradients.pile import Pile
+from kxexplain.gradients.factors import Factors, wide
 from kxexplain.gradients.products import against_dense
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import Replayer
-from kxexplain.trajectory.clipping import Clipping
-from kxexplain.trajectory.optimizers import RECURSIONS, STILL, Coefficient, Recursion
-
-
-def borders(replayer: Replayer, stride: int | None) -> list[int]:
-    """Segment borders: as asked for, and at every recorded state, from where replay sets out."""
-    recorded = {state.step for state in replayer.trajectory.states}
-    return sorted(recorded | set(bounds(replayer.trajectory, stride)))
-
-
-@dataclass
-class Step:
-    """What the backward pass must know of a step."""
-
-    indices: Tensor
-    factors: Factors
-    alpha: Tensor
-    jacobian: Factors | None
-    factor: float
-    recursions: dict[str, Recursion]
-    decaying: Tensors
-    strays: Tensors
-    """Gradients that are no example's: what clamping by value did, and rounding."""
-    penalty: Tensors
-    """Gradients of a penalty on the gradient."""
-
-    @property
-    def bytes(self) -> int:
-        """What it takes to keep."""
-        held = [v for r in self.recursions.values() for v in (r.direct, r.intake, r.applied) if isinstance(v, Tensor)]
-        held += [*self.decaying.values(), *self.strays.values(), *self.penalty.values()]
-        return size([*self.factors, *(self.jacobian or [])]) + sum(t.numel() * t.element_size() for t in held)
-
-
-@dataclass
-class Stretch:
-    """Steps of one segment, and what their recursions do not account for.
-
-    Attributes:
-        segment: number of the segment.
-        steps: in order.
-        left: movement that no recursion accounts for.
-        moments: change of the moments that none accounts for, up to the end of the stretch.
-        buffers: change of the model's buffers.
-    """
-
-    segment: int
-    steps: list[Step] = field(default_factory=list)
-    left: Tensors = field(default_factory=dict)
-    moments: Tensors = field(default_factory=dict)
-    buffers: Tensors = field(default_factory=dict)
-
-
-class Stretches:
-    """Replays a trajectory stretch by stretch, the last one first, each forward from a recorded state.
-
-    Args:
-        replayer: entered, at no particular position.
-        names: parameters and buffers whose movement is accounted for; ``buffers`` are those of them that are buffers.
-        budget: bytes that the steps' gradients may take.
-        stride: steps per segment; the recorded states if ``None``.
-        jacobian: also collect output gradients (for C × C kernels).
-        examples: only these dataset indices are collected, all if ``None``.
-        tick: called after every replayed step.
-    """
-
-    def __init__(
-        self,
-        replayer: Replayer,
-        names: list[str],
-        buffers: set[str],
-        budget: int,
-        *,
-        stride: int | None = None,
-        jacobian: bool = False,
-        examples: Tensor | None = None,
-        tick: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.replayer, self.names, self.buffers = replayer, names, buffers
-        self.jacobian, self.tick = jacobian, tick
-        self.trajectory = replayer.trajectory
-        self.wanted: Tensor | None = None
-        self.recorded = [state.step for state in self.trajectory.states]
-        self.bounds = borders(replayer, stride)
-        self.clipping = Clipping.noted(self.trajectory.manifest.settings)
-        self.itemised = RECURSIONS[self.trajectory.manifest.optimizer.name]
-        self.parameters, self.layout = watched(replayer)
-        replayer.seek(0)
-        self.at_start, self.moments_at_start = replayer.copy_state(), self._moments(replayer)
-        self._piles: dict[str, Pile] = {}
-        self.piece = 0
-        probe = self._step(replayer, replayer.copy_state(), self._moments(replayer))
-        self.piece = max(1, (budget // 2) // max(1, probe.bytes))
-        """Steps whose gradients are held at once."""
-        self.wanted = mask_of(self.trajectory, examples)
-
-    @property
-    def drift(self) -> float | None:
-        """How far replay has come off the recorded states."""
-        return self.replayer.drift
-
-    def stretches(self) -> Iterator[tuple[Stretch, Segment]]:
-        """The trajectory's stretches with their segments, last first."""
-        for first, last in reversed(list(pairwise(self.recorded))):
-            states: dict[int, Tensors] = {}
-            for stretch in self._interval(first, last, states):
-                start, end = self.bounds[stretch.segment : stretch.segment + 2]
-                yield stretch, Segment(stretch.segment, start, end, states[start], dict, states[end])
-
-    def _interval(self, first: int, last: int, states: dict[int, Tensors]) -> Iterator[Stretch]:
-        """Stretches between two recorded states, last first; fills in the states at the borders between them."""
-        self.replayer.seek(first)
-        if last - first <= self.piece:
-            yield from reversed(self._captured(self.replayer, first, last, states))
-            return
-        starts: list[tuple[int, Replayer]] = []
-        for step in range(first, last):
-            if (step - first) % self.piece == 0:
-                starts.append((step, self.replayer.twin()))
-            self._note(self.replayer, step, states)
-            self.replayer.advance()
-        self._note(self.replayer, last, states)
-        while starts:
-            step, twin = starts.pop()
-            yield from reversed(self._captured(twin, step, min(step + self.piece, last), states))
-
-    def _note(self, replayer: Replayer, step: int, states: dict[int, Tensors]) -> None:
-        if self.bounds[bisect_left(self.bounds, step)] == step:
-            states[step] = replayer.copy_state()
-
-    def _captured(self, replayer: Replayer, first: int, last: int, states: dict[int, Tensors]) -> list[Stretch]:
-        """The stretches of some replayed steps."""
-        for pile in self._piles.values():  # the piece before this one was dealt with
-            pile.clear()
-        edges = [first, *self.bounds[bisect_right(self.bounds, first) : bisect_left(self.bounds, last)], last]
-        found = []
-        for start, end in pairwise(edges):
-            self._note(replayer, start, states)
-            number = bisect_right(self.bounds, start) - 1
-            found.append(self._stretch(replayer, number, end))
-        self._note(replayer, last, states)
-        return found
-
-    def _stretch(self, replayer: Replayer, number: int, end: int) -> Stretch:
-        """Redo steps up to ``end``, and beside them the recursions on their own, from the same start."""
-        stretch, before, moments = Stretch(number), replayer.copy_state(), self._moments(replayer)
-        alone = {name: before[name].clone() for name in self.parameters}
-        while replayer.position < end:
-            stretch.steps.append(self._step(replayer, alone, moments))
-            self.tick()
-        after, actual = replayer.copy_state(), self._moments(replayer)
-        for name in self.names:
-            part = stretch.buffers if name in self.buffers else stretch.left
-            part[name] = after[name] - alone.get(name, before[name])
-        stretch.moments = {name: actual[name] - moments[name] for name in moments}
-        return stretch
-
-    def _step(self, replayer: Replayer, alone: Tensors, moments: Tensors) -> Step:
-        """Redo one step; ``alone`` and ``moments`` (parameters and moments) go on as the recursions say."""
-        record, own = self.trajectory.steps[replayer.position], self._own(replayer)
-        held = {name: dict(replayer.optimizer.state.get(p, {})) for name, p in own.items()}
-        watch = watch_of(replayer, self.layout, dict(own), jacobian=self.jacobian)
-        replayed = replayer.advance(watch)
-        found = replayed.gradients
-        taken, sign = watch.accounted(found), record.sign * record.clip
-        penalty = {name: sign * extra for name, extra in replayed.penalty.items()}
-        recursions, decaying, strays = dict.fromkeys(own, STILL), {}, {}
-        for group, rate in zip(self.trajectory.manifest.optimizer.groups, record.rates, strict=True):
-            for name in set(group.names) & taken.keys():
-                new = replayer.optimizer.state.get(own[name], {})
-                recursions[name] = recursion = self.itemised.rule(group.options, rate, held[name], new)
-                given = sign * taken[name] + penalty.get(name, 0.0)
-                used = self.clipping.clamped(given)
-                if used is not given and not torch.equal(used, given):
-                    strays[name] = recursion.sign * (used - given)
-                gradient = recursion.sign * used
-                if name in penalty:
-                    penalty[name] = recursion.sign * penalty[name]
-                if recursion.l2 or recursion.shrink:
-                    decaying[name] = alone[name].clone()
-                    gradient += recursion.l2 * alone[name]
-                alone[name] -= recursion.direct * gradient + recursion.shrink * alone[name]
-                if not _zero(recursion.intake):
-                    earlier = recursion.memory * moments[name] if name in moments else 0.0
-                    moments[name] = earlier + recursion.intake * gradient
-                    alone[name] -= recursion.applied * moments[name]
-        adaptive = [n for n, r in recursions.items() if _elementwise((r.direct, r.intake, r.applied))]
-        masks, rest = cancelled(watch.factors, found, adaptive)
-        for name, stray in rest.items():  # found was replaced by what the shares add up to
-            stray = recursions[name].sign * sign * (stray + taken[name] - found[name])
-            strays[name] = strays[name] + stray if name in strays else stray
-        share, indices, pull = share_of(self.trajectory, record), torch.as_tensor(record.indices), watch.pull
-        factors = without(watch.factors, masks)
-        jacobian = None if watch.jacobian is None else scale(without(watch.jacobian, masks), dict.fromkeys(own, share))
-        if self.wanted is not None:
-            kept = self.wanted[indices].nonzero().squeeze(1)
-            factors, indices, pull = take(factors, kept), indices[kept], pull[kept]
-            jacobian = None if jacobian is None else take(jacobian, kept)
-            factors = factors if len(kept) else []
-        rows = len(indices)
-        return Step(
-            indices, self._moved("updates", factors, rows),
-            pull_of(pull / -share), None if jacobian is None else self._moved("jacobian", jacobian, rows),
-            sign, recursions, decaying, strays, penalty,
-        )  # fmt: skip
-
-    def _moved(self, kind: str, factors: Factors, rows: int) -> Factors:
-        """The factors in memory that every piece uses again.
-
-        Were they left among what a step allocates and frees, each would keep a hole of that size from closing.
-        """
-        if self.piece == 0 or not factors or self.wanted is not None:
-            return factors
-        if kind not in self._piles:
-            self._piles[kind] = Pile(factors, self.piece * rows)
-        pile = self._piles[kind]
-        return pile.moved(factors, rows) if pile.fits(factors, rows) else factors
-
-    def _own(self, replayer: Replayer) -> dict[str, torch.nn.Parameter]:
-        return {name: replayer.parameters[name] for name in self.parameters}
-
-    def _moments(self, replayer: Replayer) -> Tensors:
-        """Copies of the moments that the optimiser holds."""
-        states = {name: replayer.optimizer.state.get(p, {}) for name, p in self._own(replayer).items()}
-        held = {name: state.get(self.itemised.moment) for name, state in states.items()}
-        return {name: value.detach().clone() for name, value in held.items() if isinstance(value, Tensor)}
+from kxexplain.trajectory.optimizers import Coefficient
 
 
 class BackwardWalk(Stretches):
@@ -298,7 +68,7 @@ NONE, GRADIENT, MOMENT, POSITION = (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.0, 1.0, 
 
 def _sum(*terms: tuple[Coefficient, Mixture]) -> Mixture:
     """Σ coefficient ⊙ mixture."""
-    a, b, c = (sum((k * mixture[i] for k, mixture in terms if not _zero(mixture[i])), 0.0) for i in range(3))
+    a, b, c = (sum((k * mixture[i] for k, mixture in terms if not is_zero(mixture[i])), 0.0) for i in range(3))
     return a, b, c
 
 
@@ -386,10 +156,10 @@ class _Costate:
 
     def _worth_of(self, values: Tensors, mixtures: dict[str, Mixture]) -> Tensor:
         """Inner products of one vector with co-states, [q, c]."""
-        total = self._along({n: mixtures[n][0] * v for n, v in values.items() if not _zero(mixtures[n][0])})
+        total = self._along({n: mixtures[n][0] * v for n, v in values.items() if not is_zero(mixtures[n][0])})
         for place, later in enumerate(self.later, 1):
             for name, tensor in later.items():
-                if name in values and not _zero(mixtures[name][place]):
+                if name in values and not is_zero(mixtures[name][place]):
                     total = total + tensor @ (mixtures[name][place] * values[name]).flatten()
         return total
 
@@ -404,7 +174,7 @@ class _Costate:
         """Inner products of examples' gradients with co-states, [n, k, q, c]."""
         names = {name for factor in factors for name in factor.names}
         first = mixtures[next(iter(names))]
-        if any(_elementwise(mixtures[n]) or mixtures[n] != first for n in names):
+        if any(is_elementwise(mixtures[n]) or mixtures[n] != first for n in names):
             own = self._write_out()
             self.scratch = self.scratch or {n: torch.empty_like(own[n]) for n in own}
             written = {n: self._dense(n, mixtures[n], self.scratch[n]) for n in names}
@@ -420,7 +190,7 @@ class _Costate:
         """One parameter's co-state written out, [q, c, p], into ``out`` if given; ``None`` for zero."""
         total: Tensor | None = None
         for place, coefficient in enumerate(mixture):
-            if _zero(coefficient) or (place > 0 and name not in self.later[place - 1]):
+            if is_zero(coefficient) or (place > 0 and name not in self.later[place - 1]):
                 continue
             source = self._write_out()[name] if place == 0 else self.later[place - 1][name]
             by = coefficient.flatten() if isinstance(coefficient, Tensor) else coefficient
@@ -445,12 +215,3 @@ class _Costate:
                     if secant.correction is not None and name in self.written:
                         self.written[name] += weight * secant.correction[..., None] * direction.flatten()
         return self.written
-
-
-def _zero(value: Coefficient) -> bool:
-    return not isinstance(value, Tensor) and value == 0
-
-
-def _elementwise(values: tuple[Coefficient, ...]) -> bool:
-    """Whether elements of one parameter have numbers of their own."""
-    return any(isinstance(value, Tensor) for value in values)

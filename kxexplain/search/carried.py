@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
-from kxexplain.attribution.backward import Step
+from kxexplain.attribution.stretches import Step, is_zero
 from kxexplain.gradients.factors import Dense, Factors, scale, take
 from kxexplain.trajectory.optimizers import Coefficient
 
@@ -55,7 +55,7 @@ class Carried:
             moment = {s: memory * c for s, c in self.moment[name].items()} if memory else {}
             _add(moment, segment, by.applied)
             self.moment[name], self.memory[name] = _kept(moment), by.memory
-            gradient = {} if _zero(by.intake) else {s: by.intake * c for s, c in self.moment[name].items()}
+            gradient = {} if is_zero(by.intake) else {s: by.intake * c for s, c in self.moment[name].items()}
             _add(gradient, segment, by.direct)
             for s, coefficient in gradient.items():
                 moved.setdefault(s, {})[name] = -step.factor * by.sign * coefficient
@@ -63,12 +63,8 @@ class Carried:
 
 
 def _add(to: dict[int, Coefficient], segment: int, value: Coefficient) -> None:
-    if not _zero(value):
+    if not is_zero(value):
         to[segment] = value + to[segment] if segment in to else value
-
-
-def _zero(value: Coefficient) -> bool:
-    return not isinstance(value, Tensor) and value == 0
 
 
 def _kept(moment: dict[int, Coefficient]) -> dict[int, Coefficient]:

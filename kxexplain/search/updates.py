@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
-from kxexplain.attribution.backward import Stretches
 from kxexplain.attribution.decompose import forward_walk, remembers
 from kxexplain.attribution.queries import moving_names
+from kxexplain.attribution.stretches import Stretches
 from kxexplain.attribution.walk import Movement, Segment, Updates, bounds
 from kxexplain.errors import ArgumentError
 from kxexplain.gradients.factors import Factors

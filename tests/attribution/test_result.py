@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import kxexplain as kx
@@ -144,6 +145,18 @@ def test_save_and_load(explanation: kx.Explanation, everything: kx.Explanation, 
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_file_from_before_there_were_penalties(explanation: kx.Explanation, tmp_path: Path) -> None:
+    path = explanation.save(tmp_path / "old.safetensors")
+    with safe_open(path, "pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys() if "penalty" not in name}  # noqa: SIM118
+        about = file.metadata()
+    assert len(kept) > 0
+    save_file(kept, path, about)
+    read = kx.Explanation.load(path, explanation.dataset)
+    assert not read.penalty.any()
+    assert str(read) == str(explanation)
+
+
 def vars_of(explanation: kx.Explanation) -> dict[str, object]:
     return {item.name: getattr(explanation, item.name) for item in dataclasses.fields(explanation)}
 
@@ -202,8 +215,6 @@ def test_what_is_rounding_is_printed_with_the_remainder(explanation: kx.Explanat
 
 def test_foreign_but_well_formed_files(explanation: kx.Explanation, tmp_path: Path) -> None:
     """Safetensors files of the right format name whose contents are wrong: an error of ours, not a crash later."""
-    from safetensors import safe_open
-
     good = explanation.save(tmp_path / "good")
     with safe_open(good, "pt") as file:
         about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -45,6 +45,23 @@ def test_as_replayed(keep: Any, tmp_path: Path) -> None:
     assert float(built.features.norm()) > 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": "adagrad_norm"},
+        {"objective": kx.Objective(flooding=1.05)},
+        {"objective": kx.Objective(parameter_penalty=0.01)},
+        {"schedule": "warmup_decay", "objective": kx.Objective(ascent=0.5)},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_under_schedules_and_objectives(options: dict[str, Any], tmp_path: Path) -> None:
+    """The rate is known when the step is made, and what a step was multiplied by counts."""
+    parts = trained(tmp_path, features=200, clip_norm=None, **options)
+    loaded = GradientIndex.load(tmp_path / "index", *parts)
+    torch.testing.assert_close(loaded.features, GradientIndex.build(*parts, dim=200).features, rtol=1e-3, atol=1e-6)
+
+
 def test_a_resumed_run_is_completed_by_replay(tmp_path: Path) -> None:
     trained(tmp_path, epochs=2)
     parts = trained(tmp_path, features=64, resume=True)
@@ -56,7 +73,12 @@ def test_a_resumed_run_is_completed_by_replay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"momentum": 0.9}, "SGD with momentum go on moving"), ({"keep": "1MB"}, "thinned out"), ({"dim": 3}, "dim=3")],
+    [
+        ({"momentum": 0.9}, "SGD with momentum go on moving"),
+        ({"keep": "1MB"}, "thinned out"),
+        ({"dim": 3}, "dim=3"),
+        ({"objective": kx.Objective(input_penalty=0.1)}, "input penalty"),
+    ],
     ids=str,
 )
 def test_refused_before_training(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -65,6 +87,6 @@ def test_refused_before_training(options: dict[str, Any], message: str, tmp_path
     with pytest.raises(ArgumentError, match=message):
         kx.train(
             model, data, optimizer=sgd, epochs=1, out=tmp_path / "run", keep=options.get("keep", "epoch"),
-            features=options.get("dim", 64),
+            features=options.get("dim", 64), objective=options.get("objective"),
         )  # fmt: skip
     assert not (tmp_path / "run").exists()
