@@ -43,7 +43,7 @@ def self_influence(
 
     >>> import tempfile, kxexplain as kx
     >>> data = torch.utils.data.TensorDataset(torch.ones(4, 1), torch.tensor([0, 0, 0, 1]))  # the last one is odd
-    >>> trajectory = kx.train(nn.Linear(1, 2), data, epochs=20, batch_size=4, out=tempfile.mkdtemp(), progress=False)
+    >>> trajectory = kx.train(nn.Linear(1, 2), data, epochs=200, batch_size=4, out=tempfile.mkdtemp(), progress=False)
     >>> int(self_influence(trajectory, nn.Linear(1, 2), data).argmax())
     3
     """
