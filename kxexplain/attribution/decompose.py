@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kxexplain.attribution.backward import BackwardWalk
 from kxexplain.attribution.chords import ChordWalk
 from kxexplain.attribution.ledger import Ledger
-from kxexplain.attribution.queries import QuerySide
+from kxexplain.attribution.queries import Ends, QuerySide
 from kxexplain.attribution.result import Explanation
 from kxexplain.attribution.targets import TargetSpec
 from kxexplain.attribution.unattributed import missing_part, unattributed_part
@@ -91,7 +91,7 @@ def explain(
     >>> bool((bill - explanation.prediction).abs() < 1e-6)
     True
     """
-    side = QuerySide.prepare(trajectory, model, queries, target, quadrature.rule(rule), parse_bytes(memory))
+    side = QuerySide.prepare(Ends.of(trajectory, model), queries, target, quadrature.rule(rule), parse_bytes(memory))
     bounds(trajectory, stride)
     if decay not in ("line", "charged"):
         raise ArgumentError(f'got decay={decay!r}; expected "line" or "charged"')
@@ -149,7 +149,9 @@ def contributions_of(
     examples: Tensor,
 ) -> Tensor:
     """Exact contributions of some examples only, [q, k], in the order given: re-ranks a search's candidates."""
-    side = QuerySide.prepare(trajectory, model, queries, target, quadrature.rule("discrete"), parse_bytes("1GB"))
+    side = QuerySide.prepare(
+        Ends.of(trajectory, model), queries, target, quadrature.rule("discrete"), parse_bytes("1GB")
+    )
     with ExitStack() as stack:
         walk: Walk | ChordWalk | BackwardWalk
         if remembers(trajectory, "line"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,16 +21,59 @@ from kxexplain.trajectory.states import load_model
 
 
 @dataclass
+class Ends:
+    """A training's first and last state with a copy of the model to ask there: what all queries have in common.
+
+    Attributes:
+        model: a private copy, in evaluation mode; holds whichever state was asked last.
+        names: the parameters and buffers that training moves.
+        buffers: which of these are buffers.
+        gradient: makes the discrete gradients, and remembers how the model keeps its examples.
+        sizes: bytes that one query's gradient was found to take, by what a query looks like.
+    """
+
+    trajectory: Trajectory
+    model: nn.Module
+    first: State
+    last: State
+    names: list[str]
+    buffers: set[str]
+    gradient: DiscreteGradient
+    sizes: dict[tuple[Any, ...], int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, model: nn.Module) -> Ends:
+        """Read the two states; ``ModelError`` for a model that is not of the recorded architecture."""
+        Trajectory.required(trajectory).check_model(model)
+        private = private_copy(model).eval()
+        first, last = (trajectory.state(trajectory.states[i].step) for i in (0, -1))
+        names = moving_names(trajectory, first, last)
+        buffers = {name for name, _ in private.named_buffers()} & set(names)
+        return cls(trajectory, private, first, last, names, buffers, DiscreteGradient(private, names))
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return next(self.model.parameters()).device
+
+    def values(self) -> tuple[Tensors, Tensors]:
+        """Parameters and buffers at both ends, on the model's device."""
+        first, last = (
+            {name: value.to(self.device) for name, value in {**state.parameters, **state.buffers}.items()}
+            for state in (self.first, self.last)
+        )
+        return first, last
+
+
+@dataclass
 class QuerySide:
     """The queries and how their gradients along a segment are formed."""
 
+    ends: Ends
     inputs: Inputs
     target: ResolvedTarget
     rule: Rule
     budget: int
-    gradient: DiscreteGradient
-    names: list[str]
-    buffers: set[str]
     baseline: Tensor
     prediction: Tensor
     labels: Tensor | None
@@ -53,8 +96,7 @@ class QuerySide:
     @classmethod
     def prepare(
         cls,
-        trajectory: Trajectory,
-        model: nn.Module,
+        ends: Ends,
         queries: Any,
         target: TargetSpec,
         rule: Rule,
@@ -63,19 +105,16 @@ class QuerySide:
         """Check everything about the queries before any work starts.
 
         Raises:
-            ModelError: not the recorded architecture, or one whose outputs are not the same twice.
+            ModelError: outputs that are not the same twice.
             DatasetError: no queries, values that are not finite, or queries that the model cannot take.
             TargetError: the target does not exist.
         """
-        Trajectory.required(trajectory).check_model(model)
-        private = private_copy(model).eval()
-        device = next(private.parameters()).device
-        inputs, labels = query_batch(queries, device)
-        first, last = (trajectory.state(trajectory.states[i].step) for i in (0, -1))
+        private, trajectory = ends.model, ends.trajectory
+        inputs, labels = query_batch(queries, ends.device)
         with torch.random.fork_rng(devices=[]):
-            load_model(first, private)
+            load_model(ends.first, private)
             before = first_outputs(private, inputs)
-            load_model(last, private)
+            load_model(ends.last, private)
             shaped = outputs_of(private, inputs)
             after = outputs_2d(shaped)
             if not torch.equal(after, evaluate(private, inputs)):
@@ -86,8 +125,6 @@ class QuerySide:
         resolved = resolve_target(
             target, after, labels, trajectory.loss if target == "loss" else None, shaped.shape[1:]
         )
-        names = moving_names(trajectory, first, last)
-        buffers = {name for name, _ in private.named_buffers()}
         with torch.no_grad():
             baseline, prediction = (resolved.select(values, slice(None)) for values in (before, after))
         for which, values in (("first", baseline), ("trained", prediction)):
@@ -95,13 +132,20 @@ class QuerySide:
                 raise TargetError(
                     f"the target {resolved.name!r} of the {which} model is not finite for some queries; choose another"
                 )
-        side = cls(
-            inputs, resolved, rule, budget, DiscreteGradient(private, names), names, buffers & set(names),
-            baseline, prediction, labels, shaped.shape[1:],
-        )  # fmt: skip
-        side._choose_portions(first, last, device)
-        side.steady = side._steady(private, first, last)
+        side = cls(ends, inputs, resolved, rule, budget, baseline, prediction, labels, shaped.shape[1:])
+        side.chunk = side._portions()
+        side.steady = side._steady()
         return side
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters and buffers that training moves."""
+        return self.ends.names
+
+    @property
+    def buffers(self) -> set[str]:
+        """Which of these names are buffers."""
+        return self.ends.buffers
 
     def chunks(self) -> list[slice]:
         """Queries in portions whose gradients fit the budget."""
@@ -113,30 +157,32 @@ class QuerySide:
         inputs, select = take(self.inputs, rows), self.target.select
         target = lambda values, within: select(values, _within(rows, within))  # noqa: E731
         if self.rule.exact:
-            return [(1.0, self.gradient(start, end, inputs, target))]
+            return [(1.0, self.ends.gradient(start, end, inputs, target))]
         made = []
         for position, weight in self.rule.nodes:
             at = {name: torch.lerp(start[name], end[name], position) for name in self.names}
-            made.append((weight, self.gradient(at, at, inputs, target)))
+            made.append((weight, self.ends.gradient(at, at, inputs, target)))
         return made
 
-    def _steady(self, model: nn.Module, first: State, last: State) -> Tensor | None:
+    def _steady(self) -> Tensor | None:
         """Buffers that are no floating-point numbers change at once, at the beginning: there is nothing in between."""
-        counters = {name: b for name, b in last.buffers.items() if not b.is_floating_point()}
+        model, first = self.ends.model, self.ends.first
+        counters = {name: b for name, b in self.ends.last.buffers.items() if not b.is_floating_point()}
         if not counters:
             return None
         load_model(replace(first, buffers={**first.buffers, **counters}), model)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return self.target.select(evaluate(model, self.inputs), slice(None))
 
-    def _choose_portions(self, first: State, last: State, device: torch.device) -> None:
-        """Measure a query's gradient and choose how many fit the budget at a time."""
-        few = slice(0, min(2, self.rows))
-        ends = [{k: v.to(device) for k, v in {**s.parameters, **s.buffers}.items()} for s in (first, last)]
-        with torch.random.fork_rng(devices=[]):
-            made = self.secants(ends[0], ends[1], few)
-        each = sum(size(secant.factors) for _, secant in made) // (few.stop or 1)
-        self.chunk = max(1, min(self.rows, self.budget // 8 // max(1, each)))
+    def _portions(self) -> int:
+        """How many queries' gradients fit the budget at a time, from the size of one."""
+        one = (self.baseline.shape[1], *((path, leaf.dtype, leaf.shape[1:]) for path, leaf in leaves(self.inputs)))
+        if one not in self.ends.sizes:
+            few = slice(0, min(3, self.rows))
+            with torch.random.fork_rng(devices=[]):
+                made = self.secants(*self.ends.values(), few)
+            self.ends.sizes[one] = sum(size(secant.factors) for _, secant in made) // (few.stop or 1)
+        return max(1, min(self.rows, self.budget // 8 // max(1, self.ends.sizes[one])))
 
 
 def _within(outer: slice, inner: Tensor | slice) -> slice:

@@ -62,9 +62,14 @@ def logsumexp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TwoPo
 
 
 def log_softmax(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """U − logsumexp(u)."""
+    """Log-softmax along a dimension, by the closed form above."""
     u, dim = _input_and_dim(args, kwargs)
-    return u - torch.logsumexp(u, dim, keepdim=True)
+    start, end, mean = _log_softmaxes(u, dim)
+    weights = mean / mean.sum(dim, keepdim=True)
+    with u.tracer.watching():
+        finite = u.middle.masked_fill(~u.middle.isfinite(), 0.0)
+        middle = u.middle - (weights * finite).sum(dim, keepdim=True)
+    return TwoPoint(start, end, settle(middle, start, end, u.tracer), u.tracer)
 
 
 def _input_and_dim(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[TwoPoint, int]:
@@ -174,18 +179,21 @@ def cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     names = ("target", "weight", "reduction", "ignore_index", "label_smoothing")
     given = dict(zip(names, args[1:], strict=False)) | kwargs
     target, smoothing, weight = given["target"], given.get("label_smoothing") or 0.0, given.get("weight")
+    reduction, ignored = given.get("reduction", 1), given.get("ignore_index", -100)
     logarithms = torch.log_softmax(args[0], 1)
+    if not smoothing and not target.is_floating_point():
+        return torch._C._nn.nll_loss_nd(logarithms, target, weight, reduction, ignored)
     classes = logarithms.shape[1]
     along = (1, classes, *[1] * (logarithms.dim() - 2))
     weighted = logarithms if weight is None else logarithms * weight.view(along)
     if target.is_floating_point():
         losses = -(weighted * ((1 - smoothing) * target + smoothing / classes)).sum(1)
-        return _reduced(losses, given.get("reduction", 1), losses.numel())
-    kept = target != given.get("ignore_index", -100)
+        return _reduced(losses, reduction, losses.numel())
+    kept = target != ignored
     index = target.masked_fill(~kept, 0).unsqueeze(1)
     losses = -(1 - smoothing) * weighted.gather(1, index).squeeze(1) - smoothing * weighted.mean(1)
     shares = kept.to(losses.dtype) if weight is None else weight[index.squeeze(1)] * kept
-    return _reduced(losses * kept, given.get("reduction", 1), shares.sum())
+    return _reduced(losses * kept, reduction, shares.sum())
 
 
 def _reduced(losses: Any, reduction: int, count: Any) -> Any:

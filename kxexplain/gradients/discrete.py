@@ -19,7 +19,7 @@ from kxexplain.gradients.secant import rank_one_residual
 from kxexplain.gradients.two_point import Extent, Place, Substitution, Trace, TwoPoint
 from kxexplain.gradients.uses import Layout
 from kxexplain.shapes import Inputs, Tensors
-from kxexplain.trajectory.batches import call, copied, count, outputs_2d, take
+from kxexplain.trajectory.batches import call, copied, count, leaves, outputs_2d, take
 
 Target = Callable[[Tensor, Tensor | slice], Tensor]
 """From outputs [n, C] and the rows they belong to, to the quantities explained, [n, c]."""
@@ -71,12 +71,13 @@ class DiscreteGradient:
         self.layout: Layout | None = None
         self.extents: dict[tuple[Place, int], Extent] = {}
         self.one_by_one = False
-        self.traceable: bool | None = None
+        self.traceable = False
+        self.like: list[tuple[str, torch.dtype, torch.Size]] = []
+        self.examples = 0
 
     def __call__(self, start: Tensors, end: Tensors, inputs: Inputs, target: Target) -> Secant:
         """Discrete gradients from ``start`` to ``end`` (values by name) for a batch of n inputs."""
-        if self.traceable is None:
-            self.traceable = self._agrees(start, end, inputs)
+        self._look_at(start, end, inputs)
         rows = count(inputs)
         if not self.one_by_one or rows == 1:
             made, mixed = self._whole(start, end, inputs, target, slice(None))
@@ -87,6 +88,13 @@ class DiscreteGradient:
             self._whole(start, end, take(inputs, slice(i, i + 1)), target, slice(i, i + 1))[0] for i in range(rows)
         ]
         return _joined(singles)
+
+    def _look_at(self, start: Tensors, end: Tensors, inputs: Inputs) -> None:
+        """Forget what was measured on inputs of another length or kind, or on too few of them to tell them apart."""
+        like, examples = [(path, leaf.dtype, leaf.shape[1:]) for path, leaf in leaves(inputs)], min(3, count(inputs))
+        if like != self.like or examples > self.examples:
+            self.like, self.examples, self.layout, self.one_by_one = like, examples, None, False
+            self.traceable = self._agrees(start, end, inputs)
 
     def _whole(
         self, start: Tensors, end: Tensors, inputs: Inputs, target: Target, rows: Tensor | slice
@@ -137,47 +145,47 @@ class DiscreteGradient:
     def _trace(
         self, start: Tensors, end: Tensors, inputs: Inputs, target: Target, rows: Tensor | slice
     ) -> tuple[tuple[Tensor, Tensor], Factors, Trace]:
-        leaves = {name: ((start[name] + end[name]) / 2).requires_grad_() for name in self.names}
+        middles = {name: ((start[name] + end[name]) / 2).requires_grad_() for name in self.names}
         if self.layout is None:
-            self.layout = self._measure(start, end, leaves, inputs)
-        capture = Capture(leaves, self.layout, count(inputs))
-        outputs, trace = self._run(start, end, leaves, inputs, capture)
+            self.layout = self._measure(start, end, middles, inputs)
+        capture = Capture(middles, self.layout, count(inputs))
+        outputs, trace = self._run(start, end, middles, inputs, capture)
         with torch.enable_grad():
             values = target(outputs, rows)
             if not isinstance(values, TwoPoint):
-                return (values, values), differentiate(values, capture, leaves), trace
-            factors = differentiate(values.middle, capture, leaves)
+                return (values, values), differentiate(values, capture, middles), trace
+            factors = differentiate(values.middle, capture, middles)
         return (values.start, values.end), factors, trace
 
     def _run(
-        self, start: Tensors, end: Tensors, leaves: Tensors, inputs: Inputs, capture: Capture
+        self, start: Tensors, end: Tensors, middles: Tensors, inputs: Inputs, capture: Capture
     ) -> tuple[Tensor, Trace]:
         trace = Trace(count(inputs), capture, self.extents)
         pairs = {}
         for name in self.names:
-            pair = TwoPoint(start[name], end[name], leaves[name], trace)
+            pair = TwoPoint(start[name], end[name], middles[name], trace)
             pair.extent = Extent.FIXED
             pairs[id(self.variables[name])] = pair
         inputs = copied(inputs)
         with torch.enable_grad(), Substitution(pairs, trace):
             return outputs_2d(call(self.model, inputs)), trace
 
-    def _measure(self, start: Tensors, end: Tensors, leaves: Tensors, inputs: Inputs) -> Layout:
+    def _measure(self, start: Tensors, end: Tensors, middles: Tensors, inputs: Inputs) -> Layout:
         size = 1 if self.one_by_one else count(inputs)
         traces: dict[int, Trace] = {}
         self.extents = {}
 
         def run(order: Tensor, capture: Capture) -> Tensor:
-            outputs, trace = self._run(start, end, leaves, take(inputs, order % size), capture)
+            outputs, trace = self._run(start, end, middles, take(inputs, order % size), capture)
             traces.setdefault(len(order), trace)
             return outputs.middle if isinstance(outputs, TwoPoint) else outputs
 
         with torch.enable_grad():
-            layout = measure(run, leaves)
+            layout = measure(run, middles)
             self.extents = _extents(traces[2].shapes, traces[3].shapes)
             if traces[3].asked:  # operations without a rule are taken by example only now that the examples are found
-                layout = measure(run, leaves)
-            return checked(layout, run, leaves)
+                layout = measure(run, middles)
+            return checked(layout, run, middles)
 
     def _set(self, values: Tensors) -> None:
         with torch.no_grad():
@@ -191,10 +199,10 @@ class DiscreteGradient:
 
     def _agrees(self, start: Tensors, end: Tensors, inputs: Inputs) -> bool:
         """Whether following the code gives the model's own outputs at both ends."""
-        leaves = {name: ((start[name] + end[name]) / 2).requires_grad_() for name in self.names}
+        middles = {name: ((start[name] + end[name]) / 2).requires_grad_() for name in self.names}
         batch = take(inputs, slice(0, 2))
         try:
-            outputs, _ = self._run(start, end, leaves, batch, Capture({}, Layout({}, {}), count(batch)))
+            outputs, _ = self._run(start, end, middles, batch, Capture({}, Layout({}, {}), count(batch)))
         except (KxError, torch.OutOfMemoryError):
             raise
         except Exception:  # Untraceable, or whatever the model's own code raises when it is followed

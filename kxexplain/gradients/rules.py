@@ -39,7 +39,7 @@ Rule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 def quadratic(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Operations of degree at most two in their two-point inputs: the derivative at the middle is exact."""
     inputs = two_points((args, kwargs))
-    if any(not t.is_floating_point() for t in inputs) or (name_of(func) in _ANY_DEGREE and len(inputs) > 2):
+    if any(not t.start.is_floating_point() for t in inputs) or (name_of(func) in _ANY_DEGREE and len(inputs) > 2):
         return secant(func, args, kwargs)
     starts, ends = both_ends(func, args, kwargs)
     linear = len(inputs) == 1 and name_of(func) not in ("square", "pow")
@@ -48,6 +48,8 @@ def quadratic(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 def _join(starts: Any, ends: Any, middles: Any, trace: Trace, *, settled: bool = False) -> Any:
     """Pair the outputs of a call leaf by leaf; unless settled, the middle's value becomes the mean of the ends."""
+    if isinstance(starts, Tensor) and isinstance(ends, Tensor):
+        return _pair(starts, ends, middles, trace, settled)
     parts = [list(nested.leaves(values)) for values in (starts, ends, middles)]
     if len({len(leaves) for leaves in parts}) > 1:
         raise Untraceable("an operation returned different structures at the two ends")
@@ -71,9 +73,10 @@ def _pair(start: Any, end: Any, middle: Any, trace: Trace, settled: bool) -> Any
 
 def settle(middle: Tensor, start: Tensor, end: Tensor, trace: Trace) -> Tensor:
     """The middle's graph with the mean of the ends for value, on which later midpoint derivatives rely."""
+    with torch.no_grad():
+        shift = torch.lerp(start, end, 0.5).sub_(middle).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
     with trace.watching():
-        shift = (start + end) / 2 - middle.detach()
-        return middle + torch.where(shift.isfinite(), shift, 0.0)
+        return middle + shift
 
 
 def same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -95,7 +98,7 @@ def elementwise(
     """The value φ(u) for one two-point tensor u: its secant slope. ``kinks``: where φ' jumps; () for smooth."""
     (u, *rest) = two_points((args, kwargs))
     starts, ends = both_ends(func, args, kwargs)
-    if rest or starts.shape != u.shape or u is not args[0]:
+    if rest or starts.shape != u.start.shape or u is not args[0]:
         return secant(func, args, kwargs)
 
     def function(point: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ def secant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     Source: O. Gonzalez, "Time integration and discrete Hamiltonian systems", 1996, eq. 2.7.
     """
     inputs = two_points((args, kwargs))
-    moved = list({id(t): t for t in inputs if t.is_floating_point()}.values())
+    moved = list({id(t): t for t in inputs if t.start.is_floating_point()}.values())
     trace = inputs[0].tracer
     place = trace.place
     starts, ends = both_ends(func, args, kwargs)
@@ -220,7 +223,7 @@ def piecewise_linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     """Quotient wherever the ends differ; autograd's derivative where they meet."""
     (u, *rest) = two_points((args, kwargs))
     starts, ends = both_ends(func, args, kwargs)
-    if rest or starts.shape != u.shape or u is not args[0]:
+    if rest or starts.shape != u.start.shape or u is not args[0]:
         return secant(func, args, kwargs)
     with torch.no_grad():
         width = u.end - u.start

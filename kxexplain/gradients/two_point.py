@@ -84,10 +84,11 @@ class Trace:
     def met(self, place: Place, output: Any) -> None:
         """Note what an operation's outputs hold."""
         for leaf, value in enumerate(nested.leaves(output)):
-            if isinstance(value, Tensor):
+            if isinstance(value, TwoPoint):
+                self.shapes[place, leaf] = value.start.shape
+                value.extent = self.extents.get((place, leaf), Extent.OTHER)
+            elif isinstance(value, Tensor):
                 self.shapes[place, leaf] = value.shape
-                if isinstance(value, TwoPoint):
-                    value.extent = self.extents.get((place, leaf), Extent.OTHER)
 
     def per_example(self, place: Place, leaf: int, inputs: list[TwoPoint]) -> bool:
         """Whether an operation without a rule may be taken example by example; notes if it joins them."""
@@ -162,8 +163,8 @@ class Substitution(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         self.trace.call += 1
         swap = lambda value: self.pairs.get(id(value), value)  # noqa: E731
-        args, kwargs = nested.change(args, swap), nested.change(kwargs or {}, swap)
-        if not two_points((args, kwargs)):
+        args, kwargs = nested.change(args, swap), nested.change(kwargs, swap) if kwargs else {}
+        if first(args, kwargs) is None:
             return func(*args, **kwargs)
         return dispatch(func, args, kwargs)
 
@@ -183,10 +184,11 @@ METADATA = frozenset(
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry one call through: by its rule if it has one, through its body if composite, else by secant."""
     name = name_of(func)
-    args, kwargs = _leading(args, kwargs)
     if name in METADATA or name.startswith("set:"):
         return at("start", func, args, kwargs)
-    trace = two_points((args, kwargs))[0].tracer
+    if kwargs:
+        args, kwargs = _leading(args, kwargs)
+    trace = tracer(args, kwargs)
     place = trace.step()
     output = _carry(func, name, args, kwargs)
     trace.met(place, output)
@@ -227,10 +229,36 @@ def two_points(args: Any) -> list[TwoPoint]:
     return [leaf for leaf in nested.leaves(args) if isinstance(leaf, TwoPoint)]
 
 
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TwoPoint | None:
+    """The first of :func:`two_points`, mostly without looking at them all."""
+    for value in args:
+        if isinstance(value, TwoPoint):
+            return value
+        if isinstance(value, (tuple, list, dict)):
+            break
+    return next(iter(two_points((args, kwargs))), None)
+
+
+def tracer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """The pass that a call with two-point arguments belongs to."""
+    found = first(args, kwargs)
+    assert found is not None
+    return found.tracer
+
+
 def at(place: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The call evaluated at one place: ``"start"``, ``"end"`` or ``"middle"``."""
-    read = lambda value: getattr(value, place) if isinstance(value, TwoPoint) else value  # noqa: E731
-    return func(*nested.change(args, read), **nested.change(kwargs, read))
+    read = _READ[place]
+    return (
+        func(*nested.change(args, read), **nested.change(kwargs, read)) if kwargs else func(*nested.change(args, read))
+    )
+
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "start": lambda value: value.start if isinstance(value, TwoPoint) else value,
+    "end": lambda value: value.end if isinstance(value, TwoPoint) else value,
+    "middle": lambda value: value.middle if isinstance(value, TwoPoint) else value,
+}
 
 
 def both_ends(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -241,6 +269,5 @@ def both_ends(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, An
 
 def in_middle(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The call evaluated on the middle values, in their graph and seen by the trace's watch."""
-    (first, *_) = two_points((args, kwargs))
-    with first.tracer.watching():
+    with tracer(args, kwargs).watching():
         return at("middle", func, args, kwargs)

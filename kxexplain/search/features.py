@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
-from kxexplain.attribution.queries import QuerySide
+from kxexplain.attribution.queries import Ends, QuerySide
 from kxexplain.attribution.targets import ResolvedTarget, TargetSpec, resolve_target
 from kxexplain.attribution.walk import Segment, bounds
 from kxexplain.errors import ArgumentError
@@ -143,6 +144,10 @@ class Asking:
         self.trajectory, self.model, self.projection = trajectory, model, projection
         self._segments: list[Segment] = []
 
+    @cached_property
+    def _ends(self) -> Ends:
+        return Ends.of(self.trajectory, self.model)
+
     def ask(self, queries: Any, target: TargetSpec) -> Asked:
         """The features of these queries.
 
@@ -151,7 +156,8 @@ class Asking:
             ArgumentError: gradients that are not finite.
         """
         rule = quadrature.rule("discrete")
-        side = QuerySide.prepare(self.trajectory, self.model, queries, "all", rule, MEMORY)
+        self.trajectory.check_model(self.model)
+        side = QuerySide.prepare(self._ends, queries, "all", rule, MEMORY)
         outputs, loss = side.prediction, self.trajectory.loss if target == "loss" else None
         asked = replace(side, target=resolve_target(target, outputs, side.labels, loss, side.shape))
         losses, measure = descent(self.trajectory, side)

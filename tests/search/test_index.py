@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 import kxexplain as kx
-from kxexplain.attribution.queries import QuerySide
+from kxexplain.attribution.queries import Ends, QuerySide
 from kxexplain.errors import ArgumentError, DatasetError, TargetError
 from kxexplain.kernels import quadrature
 from kxexplain.search import GradientIndex
@@ -41,7 +41,7 @@ def test_inner_products_approximate_contributions(name: str, dtype: torch.dtype,
     )
     exact = kx.explain(trajectory, problem.model, problem.data, problem.queries, target=0, kernel=False).contributions
     projection = projection_for(trajectory, 1 << 15)
-    side = QuerySide.prepare(trajectory, problem.model, problem.queries, 0, quadrature.rule("discrete"), 10**6)
+    side = QuerySide.prepare(Ends.of(trajectory, problem.model), problem.queries, 0, quadrature.rule("discrete"), 10**6)
     queries = query_features(recorded_segments(trajectory, torch.device("cpu")), side, projection)
     examples = update_features(trajectory, problem.model, problem.data, projection)
     norms = queries.norm(dim=1)[:, None] * examples.norm(dim=1)
@@ -70,7 +70,7 @@ def test_reranking_all_is_the_exact_ranking(index: GradientIndex, digits: Traine
 def test_without_reranking_scores_are_inner_products(index: GradientIndex, digits: Trained) -> None:
     found = index.search(digits.queries, k=7, target="label", rerank=0)
     assert found.proponents.contributions is None
-    side = QuerySide.prepare(*digits[:2], digits.queries, "label", quadrature.rule("discrete"), 10**9)
+    side = QuerySide.prepare(Ends.of(*digits[:2]), digits.queries, "label", quadrature.rule("discrete"), 10**9)
     segments = recorded_segments(digits.trajectory, torch.device("cpu"))
     scores = query_features(segments, side, index.projection) @ index.features.T
     torch.testing.assert_close(found.proponents.scores, scores.topk(7).values, rtol=1e-4, atol=1e-4)

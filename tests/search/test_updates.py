@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kxexplain as kx
-from kxexplain.attribution.queries import QuerySide
+from kxexplain.attribution.queries import Ends, QuerySide
 from kxexplain.errors import ArgumentError
 from kxexplain.gradients import Factors
 from kxexplain.gradients.projection import Projection
@@ -73,7 +73,7 @@ def test_sketches_are_unbiased(name: str, tmp_path: Path) -> None:
     trajectory = run(problem, tmp_path, optimizer=OPTIMIZERS[name](problem.model.parameters()), batches=batches)
     parts = (trajectory, problem.model, problem.data)
     exact = kx.explain(*parts, problem.queries, 0, kernel=False).contributions
-    side = QuerySide.prepare(trajectory, problem.model, problem.queries, 0, quadrature.rule("discrete"), 10**6)
+    side = QuerySide.prepare(Ends.of(trajectory, problem.model), problem.queries, 0, quadrature.rule("discrete"), 10**6)
     found = []
     for seed in range(200):
         projection = projection_for(trajectory, 64, seed=seed)
