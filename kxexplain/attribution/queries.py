@@ -266,13 +266,15 @@ def first_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
         f"got queries {given}; expected a batch of inputs like the training examples': the same types, the same axes "
         "after the first, which counts the queries (a single one is x[None])"
     )
+    failing = "the model cannot take the queries"
     try:
         together = evaluate(model, inputs)
+        failing = "the model takes the queries together, but not one alone (batch norm needs track_running_stats=True)"
         alone, again = (evaluate(model, take(inputs, slice(0, 1))) for _ in range(2))
     except (KxError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise DatasetError(f"the model cannot take the queries ({type(error).__name__}: {error}); {advice}") from error
+        raise DatasetError(f"{failing}: {type(error).__name__}: {error}; {advice}") from error
     if len(alone) != 1 or together.shape != (count(inputs), alone.shape[1]):
         found = f"{tuple(together.shape)}, and for the first alone {tuple(alone.shape)}"
         raise DatasetError(f"the model's outputs for {count(inputs)} queries have shape {found}; {advice}")

@@ -34,7 +34,8 @@ def files(checkpoints: Checkpoints) -> list[Path]:
     """The checkpoint files in order; of a folder, by the numbers in their names: epoch_2 before epoch_10.
 
     Raises:
-        ArgumentError: fewer than two, or names that differ in more than numbers, so that nothing tells their order.
+        ArgumentError: fewer than two, one given twice, or names that differ in more than numbers, so that nothing
+            tells their order.
         TrajectoryError: a file is not there.
     """
     if isinstance(checkpoints, (str, PathLike)):
@@ -52,6 +53,9 @@ def files(checkpoints: Checkpoints) -> list[Path]:
     for file in found:
         if not file.is_file():
             raise TrajectoryError(f"there is no checkpoint file {file}")
+    if len({file.resolve() for file in found}) < len(found):
+        twice = next(file for place, file in enumerate(found) if file.resolve() in {f.resolve() for f in found[:place]})
+        raise ArgumentError(f"the checkpoint {twice} is given twice; expected each once, in the order of training")
     return found
 
 

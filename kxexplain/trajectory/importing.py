@@ -36,6 +36,7 @@ from kxexplain.trajectory.signature import describe_model
 from kxexplain.trajectory.states import State, encode, load_model
 from kxexplain.trajectory.store import LOG, MANIFEST, STATES, Row, Writer, check_free, folder, prepare, storage
 from kxexplain.trajectory.trajectory import Trajectory
+from kxexplain.trajectory.trial import evaluate
 
 BATCH = 256
 """Examples differentiated at once; no result depends on it."""
@@ -78,11 +79,11 @@ def import_checkpoints(
         The trajectory, with a "step" for each chord, whose learning rate is c. It cannot be replayed.
 
     Raises:
-        ArgumentError: fewer than two checkpoints, an order that cannot be told, an unknown loss or reduction, or a rate
-            and steps that make no sense.
+        ArgumentError: fewer than two checkpoints, one given twice, an order that cannot be told, an unknown loss or
+            reduction, or a rate and steps that make no sense.
         TrajectoryError: a file is missing or cannot be read as tensors, or ``out`` cannot be used.
-        ModelError: a checkpoint is of another model.
-        DatasetError: the dataset is empty or not deterministic.
+        ModelError: a checkpoint is of another model, or the model fails on the dataset's inputs.
+        DatasetError: the dataset is empty or not deterministic, or its targets do not fit the loss.
         TrainingError: a checkpoint's parameters, or the loss or gradient there, are not finite.
 
     In every case of an error ``out`` is as it was.
@@ -118,6 +119,7 @@ def import_checkpoints(
             "the dataset draws at random whenever it serves an example, and checkpoints do not say what was drawn; "
             "give the examples as they are without augmentation"
         )
+    evaluate(private, name, function, dataset, min(BATCH, examples.count))
     manifest = Manifest(
         model=signature, dataset=examples, optimizer=optimizer,
         loss=name, reduction=reduction, seed=None, keep="checkpoints", versions=versions(),

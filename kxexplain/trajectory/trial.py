@@ -54,9 +54,7 @@ def rehearse(
         for indices in batches:
             inputs, targets = fetch(dataset, indices, device)
             inputs = objective.tracked(inputs)
-            outputs = _outputs(private, inputs)
-            _check_classes(manifest.loss, outputs, targets, indices)
-            losses = _losses(manifest.loss, loss, outputs, targets)
+            outputs, losses = _computed(private, manifest.loss, loss, (inputs, targets), indices)
             if objective.input_penalty:
                 losses = losses + objective.input_penalty * _differentiated(lambda: input_penalty(outputs, inputs))  # noqa: B023 - called at once
             total = reduced(losses, manifest.reduction)
@@ -64,9 +62,7 @@ def rehearse(
             if not first:
                 _check_finite("loss", total.item())
                 _check_finite("gradient", gradient_norm([g for g in found if g is not None]))
-                everything = all_targets(dataset)
-                if everything is not None:
-                    _check_classes(manifest.loss, outputs, everything, torch.arange(len(everything)))
+                _check_all_classes(manifest.loss, outputs, dataset)
                 first = found
         _clip(Clipping.noted(manifest.settings), first, trained)
         try:
@@ -75,6 +71,27 @@ def rehearse(
             raise ArgumentError(
                 f"the optimizer {manifest.optimizer.title} fails on the first step: {_words(error)}; use another one"
             ) from error
+
+
+def evaluate(model: nn.Module, name: str, loss: LossFunction, dataset: Any, examples: int) -> None:
+    """Compute the losses of the first examples, and look at every example's class.
+
+    ``ModelError``, ``DatasetError`` or ``ArgumentError`` says what fails there.
+    """
+    indices, device = torch.arange(examples), next(model.parameters()).device
+    with rng.fork(device), torch.no_grad():
+        outputs, _ = _computed(model, name, loss, fetch(dataset, indices, device), indices)
+    _check_all_classes(name, outputs, dataset)
+
+
+def _computed(
+    model: nn.Module, name: str, loss: LossFunction, batch: tuple[Inputs, Tensor], indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A batch's outputs and losses, the targets looked at in between."""
+    inputs, targets = batch
+    outputs = _outputs(model, inputs)
+    _check_classes(name, outputs, targets, indices)
+    return outputs, _losses(name, loss, outputs, targets)
 
 
 def _outputs(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -144,6 +161,12 @@ def _check_classes(loss: str, outputs: Tensor, targets: Tensor, indices: Tensor)
             f"example {int(indices[place[0]])} is of class {targets[place].item()}, but the model's {classes} outputs "
             f"stand for the classes 0 to {classes - 1}; renumber the targets, or give the model more outputs"
         )
+
+
+def _check_all_classes(loss: str, outputs: Tensor, dataset: Any) -> None:
+    everything = all_targets(dataset)
+    if everything is not None:
+        _check_classes(loss, outputs, everything, torch.arange(len(everything)))
 
 
 def _check_finite(what: str, value: float) -> None:

@@ -89,6 +89,15 @@ def test_a_batch_axis_forgotten_where_the_model_does_not_mind(tmp_path: Path) ->
     assert "x[None]" in refused(kx.DatasetError, (problem, trajectory), queries=problem.inputs[0])
 
 
+def test_a_model_that_needs_company(tmp_path: Path) -> None:
+    """Batch norm without running statistics takes a query among others, but not alone: not one query's prediction."""
+    data = TensorDataset(torch.randn(8, 3), torch.arange(8) % 2)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2))
+    trajectory = kx.train(model, data, epochs=1, batch_size=4, out=tmp_path, progress=False)
+    with pytest.raises(kx.DatasetError, match=r"not one alone.*track_running_stats"):
+        kx.explain(trajectory, model, data, data.tensors[0][:2])
+
+
 def test_queries_of_another_nesting(tmp_path: Path) -> None:
     for name in ("two-inputs", "named-inputs", "tied-embedding"):
         problem = CASES[name].build()

@@ -221,6 +221,7 @@ def test_arguments(tmp_path: Path) -> None:
         ([], ArgumentError, "got 0 checkpoints"),
         ([tmp_path / "0.pt"], ArgumentError, "got 1 checkpoint;"),
         ([tmp_path / "0.pt", tmp_path / "9.pt"], TrajectoryError, "no checkpoint file"),
+        ([tmp_path / "0.pt", tmp_path / "1.pt", tmp_path / "0.pt"], ArgumentError, r"0\.pt is given twice"),
     ):
         with pytest.raises(error, match=words):
             import_checkpoints(checkpoints, model, DATA, out=out)
@@ -237,6 +238,11 @@ def test_arguments(tmp_path: Path) -> None:
         import_checkpoints(tmp_path, model, TensorDataset(torch.zeros(0, 6), torch.zeros(0)), out=out)
     with pytest.raises(DatasetError, match="draws at random"):
         import_checkpoints(tmp_path, model, Noisy(), out=out)
+    inputs, targets = DATA.tensors
+    with pytest.raises(ModelError, match="fails on a batch of the dataset"):
+        import_checkpoints(tmp_path, model, TensorDataset(inputs[:, :-1], targets), out=out)
+    with pytest.raises(DatasetError, match="example 2 is of class 99"):
+        import_checkpoints(tmp_path, model, TensorDataset(inputs, targets.index_fill(0, torch.tensor(2), 99)), out=out)
     assert not out.exists()
     import_checkpoints(tmp_path, model, DATA, out=out)
     with pytest.raises(TrajectoryError, match="already holds a trajectory"):
