@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,23 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from kxexplain.errors import ArgumentError, MissingExtraError, TrajectoryError
+from kxexplain.attribution import file
+from kxexplain.attribution.file import LINES
+from kxexplain.errors import ArgumentError, MissingExtraError
 
-FORMAT = "kxexplain-explanation-1"
-LINES = ("baseline", "contributions", "regularizer", "penalty", "buffers", "unattributed", "remainder", "prediction")
-AXES = {
-    "contributions": "qnc", **dict.fromkeys((n for n in LINES if n != "contributions"), "qc"), "path_kernel": "qncc",
-    "output": "q", "timeline.steps": "S", "timeline.examples": "qk", "timeline.bins": "B", "timeline.shares": "bqkc",
-    **{f"totals.{name}": "sqc" for name in LINES[1:6]}, "added": "qac",
-}  # fmt: skip
-"""A file's tensors: query, example n, output c (if all are explained), segment s, bin b, their borders S and B, and
-terms a that were added after training."""
-WHOLE_NUMBERS = ("output", "timeline.steps", "timeline.examples", "timeline.bins")
-OPTIONAL = ("path_kernel", "output", "added")
+TIMELINE = ("steps", "examples", "bins", "shares")
 
 
 @dataclass(frozen=True)
@@ -209,47 +197,45 @@ class Explanation:
             ArgumentError: there is no such query, or k is no whole number of at least 1.
         """
         one = self._one(query)
-        ranked = one.top(k)
-        up = [
-            (int(i), float(v))
-            for i, v in zip(ranked.proponents[query], ranked.proponent_values[query], strict=True)
-            if v > 0
-        ]
-        down = [
-            (int(i), float(v))
-            for i, v in zip(ranked.opponents[query], ranked.opponent_values[query], strict=True)
-            if v < 0
-        ]
-        total = float(one.contributions[query].double().sum())
-        rest = total - sum(v for _, v in up + down)
         table = Table(title=one._title(query), title_justify="left")
         for name, justify in (("", "left"), ("amount", "right"), ("running total", "right")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         running = float(one.baseline[query])
         table.add_row("baseline (initial model)", "", f"{running:+.4f}")
-        lines = [(f"example {i}{self._label(i)}", v) for i, v in up]
-        lines.append((f"{one.contributions.shape[1] - len(up) - len(down)} other examples", rest))
-        lines += [(f"example {i}{self._label(i)}", v) for i, v in reversed(down)]
-        lines += one._added_lines(query, k)
-        rounding = float(one.remainder[query])
-        visible = 1e-5 * max(abs(float(one.prediction[query])), abs(float(one.baseline[query])), 1e-30)
+        for name, amount in [*one._example_lines(query, k), *one._added_lines(query, k), *one._other_lines(query)]:
+            running += amount
+            shown = f"{amount:+.4f}" if abs(amount) >= 5e-5 or amount == 0 else f"{amount:+.1e}"
+            table.add_row(name, shown, f"{running:+.4f}")
+        table.add_section()
+        table.add_row("prediction", "", f"{float(one.prediction[query]):+.4f}")
+        return table
+
+    def _example_lines(self, query: int, k: int) -> list[tuple[str, float]]:
+        """The k proponents, all others in one, and the k opponents, the largest last."""
+        ranked = self.top(k)
+        pairs = ((ranked.proponents, ranked.proponent_values), (ranked.opponents, ranked.opponent_values))
+        up, down = (
+            [(int(i), float(v)) for i, v in zip(ids[query], values[query], strict=True) if v * sign > 0]
+            for sign, (ids, values) in zip((1, -1), pairs, strict=True)
+        )
+        rest = float(self.contributions[query].double().sum()) - sum(v for _, v in up + down)
+        return [
+            *((f"example {i}{self._label(i)}", v) for i, v in up),
+            (f"{self.contributions.shape[1] - len(up) - len(down)} other examples", rest),
+            *((f"example {i}{self._label(i)}", v) for i, v in reversed(down)),
+        ]
+
+    def _other_lines(self, query: int) -> list[tuple[str, float]]:
+        """What is no example's: those amounts that are visible, then the remainder with the others."""
+        rounding, lines = float(self.remainder[query]), []
+        visible = 1e-5 * max(abs(float(self.prediction[query])), abs(float(self.baseline[query])), 1e-30)
         for name in LINES[2:6]:
-            amount = float(getattr(one, name)[query])
+            amount = float(getattr(self, name)[query])
             if abs(amount) > visible:
                 lines.append((name, amount))
             else:
                 rounding += amount
-        lines.append(("remainder (rounding)" if abs(rounding) <= visible else "remainder", rounding))
-        for name, amount in lines:
-            running += amount
-            table.add_row(
-                name,
-                f"{amount:+.4f}" if abs(amount) >= 5e-5 or amount == 0 else f"{amount:+.1e}",
-                f"{running:+.4f}",
-            )
-        table.add_section()
-        table.add_row("prediction", "", f"{float(one.prediction[query]):+.4f}")
-        return table
+        return [*lines, ("remainder (rounding)" if abs(rounding) <= visible else "remainder", rounding)]
 
     def _added_lines(self, query: int, k: int) -> list[tuple[str, float]]:
         """The 2k largest of the terms that came after training, in the order they came, and the sum of the others."""
@@ -321,30 +307,13 @@ class Explanation:
         Raises:
             TrajectoryError: the folder cannot be written to, or the path is a folder itself.
         """
-        target = Path(path)
-        if target.is_dir():
-            raise TrajectoryError(f"{target} is a folder; give the name of a file to write the explanation to")
         tensors = {name: getattr(self, name) for name in (*LINES, "path_kernel", "output", "labels", "added")}
-        tensors |= {
-            f"timeline.{name}": getattr(self.timeline, name) for name in ("steps", "examples", "bins", "shares")
-        }
+        tensors |= {f"timeline.{name}": getattr(self.timeline, name) for name in TIMELINE}
         tensors |= {f"totals.{name}": value for name, value in self.timeline.totals.items()}
         if isinstance(self.queries, Tensor):
             tensors["queries"] = self.queries
-        kept = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items() if value is not None}
         facts = {**self.facts, "added": list(self.added_names)} if self.added_names else self.facts
-        unfinished = target.with_name(f".{target.name}.unfinished")
-        try:
-            save_file(kept, unfinished, {"format": FORMAT, "facts": json.dumps(facts)})
-            os.replace(unfinished, target)
-        except (OSError, SafetensorError) as error:
-            raise TrajectoryError(
-                f"{target} cannot be written: {error}; give the name of a file in a folder that can be written to"
-            ) from error
-        finally:
-            with suppress(OSError):
-                unfinished.unlink()
-        return target
+        return file.write(path, tensors, facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dataset: Any = None) -> Explanation:
@@ -353,25 +322,10 @@ class Explanation:
         Raises:
             TrajectoryError: missing, damaged, or no explanation.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise TrajectoryError(f"{path} is not a readable explanation: {error}") from error
-        if "contributions" in tensors and "regularizer" in tensors:  # files from before there were penalties
-            tensors.setdefault("penalty", torch.zeros_like(tensors["regularizer"]))
-        if "totals.regularizer" in tensors:
-            tensors.setdefault("totals.penalty", torch.zeros_like(tensors["totals.regularizer"]))
-        facts = _facts(about)
-        problem = "facts that are missing or no JSON object" if facts is None else _misfit(tensors)
-        if about.get("format") != FORMAT:
-            problem = f"format {about.get('format')!r}"
-        if facts is None or problem:
-            raise TrajectoryError(f"{path} is no explanation of format {FORMAT}: got {problem}; save it anew")
+        tensors, facts = file.read(path)
         timeline = Timeline(
             totals={n.removeprefix("totals."): t for n, t in tensors.items() if n.startswith("totals.")},
-            **{name: tensors[f"timeline.{name}"] for name in ("steps", "examples", "bins", "shares")},
+            **{name: tensors[f"timeline.{name}"] for name in TIMELINE},
         )
         return cls(
             **{name: tensors[name] for name in LINES},
@@ -403,41 +357,6 @@ class Explanation:
         _, label = self.dataset[example]
         value = label.item() if isinstance(label, Tensor) and label.numel() == 1 else label
         return f" (label {value:g})" if isinstance(value, (int, float)) else ""
-
-
-def _facts(about: dict[str, str]) -> dict[str, Any] | None:
-    """The facts in a file's metadata."""
-    try:
-        facts = json.loads(about["facts"])
-    except (KeyError, ValueError):
-        return None
-    return facts if isinstance(facts, dict) else None
-
-
-def _misfit(tensors: dict[str, Tensor]) -> str | None:
-    """In words, what is wrong with a file's tensors."""
-    sizes: dict[str, int] = {}
-    for name, axes in AXES.items():
-        if name not in tensors:
-            if name in OPTIONAL:
-                continue
-            return f"no {name}"
-        found = tensors[name]
-        letters = axes if tensors["contributions"].dim() == 3 else axes.replace("c", "")
-        fits = found.dim() == len(letters) and all(
-            sizes.setdefault(letter, size) == size for letter, size in zip(letters, found.shape, strict=True)
-        )
-        if not fits or found.is_floating_point() == (name in WHOLE_NUMBERS):
-            return f"{name} of type {found.dtype} and shape {tuple(found.shape)}, where {sizes} are known"
-    for name in ("labels", "queries"):
-        if name in tensors and tensors[name].shape[:1] != (sizes["q"],):
-            return f"{name} of shape {tuple(tensors[name].shape)} for {sizes['q']} queries"
-    if sizes["S"] != sizes["s"] + 1 or sizes["B"] != sizes["b"] + 1:
-        return f"timeline borders that do not fit its segments or bins: {sizes}"
-    examples = tensors["timeline.examples"]
-    if bool(((examples < 0) | (examples >= sizes["n"])).any()):
-        return f"timeline.examples that are not among the {sizes['n']} examples"
-    return None
 
 
 def _whole(value: Any, name: str) -> int:

@@ -9,7 +9,7 @@ import typer
 from torch.utils.data import Subset
 
 from kxexplain.attribution import Explanation, explain
-from kxexplain.attribution.result import LINES
+from kxexplain.attribution.file import LINES
 from kxexplain.cli.console import Data, Json, Model, Out, Queries, Run, Target, emit, folder, numbers, target_of
 from kxexplain.cli.specs import NamedData, OpenRun
 from kxexplain.plots import plot_explanation
