@@ -139,8 +139,8 @@ def gradients(
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients of ``total`` at the parameters and at the edges; ``None`` where it has none.
 
-    With ``twice`` they can be differentiated again; with ``weights`` ``total`` may be several numbers, and they are those
-    of Σ weights · total.
+    With ``twice`` they can be differentiated again. With ``weights``, ``total`` may be several numbers: the gradients
+    are those of Σ weights · total.
     """
     if not total.requires_grad:
         raise ModelError(
