@@ -62,7 +62,7 @@ def problem(name: str, n: int | None = None) -> Problem:
     x = torch.from_numpy(PCA(size, whiten=True, random_state=0).fit_transform(scaled))[:n]
     labels = torch.nn.functional.one_hot(torch.from_numpy(raw.target).long()[:n]).double()
     data = TensorDataset(x, 0.9 * labels + 0.1 / labels.shape[1])
-    torch.manual_seed(0)  # shifting all classes alike changes no loss: where one starts decides which minimiser is found
+    torch.manual_seed(0)  # the same shift of all classes changes no loss: the start decides which minimiser is found
     found, minimum = kx.minimize(nn.Linear(size, labels.shape[1]), data, "cross_entropy")
     assert isinstance(found, nn.Linear)
     return Problem(data, "cross_entropy", found, minimum)
