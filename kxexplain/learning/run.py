@@ -21,9 +21,11 @@ from kxexplain.learning.resume import restored
 from kxexplain.learning.scheduler import GradientSchedule
 from kxexplain.learning.unrecorded import Unrecorded
 from kxexplain.search.recording import FeatureRecorder
+from kxexplain.shapes import Inputs
 from kxexplain.trajectory import LossFunction, Recorder, Trajectory, rng
+from kxexplain.trajectory.batches import call
 from kxexplain.trajectory.clipping import Clipping
-from kxexplain.trajectory.forward import assign, descend, forward
+from kxexplain.trajectory.forward import assign, descend, forward, gradients, losses_of
 from kxexplain.trajectory.objective import Objective
 from kxexplain.trajectory.states import load_model, load_optimizer
 
@@ -53,6 +55,9 @@ class Run:
         self.batch_size: int = manifest.settings["batch_size"]
         self.examples = manifest.dataset.count
         self.clipping = Clipping.noted(manifest.settings)
+        self.bare = self.objective == Objective() and self.clipping == Clipping()
+        """Whether the optimiser is given the loss' gradient as it is."""
+        self.shares = torch.empty(0)  # every example's in the mean: 1/n
         self.features: FeatureRecorder | None = None
         self.sign, self.clip = 1, 1.0
         """What the present step's gradient was multiplied by."""
@@ -114,7 +119,7 @@ class Run:
         """All steps that are left to do."""
         with ExitStack() as stack:
             stack.enter_context(rng.fork(self.device))
-            torch.manual_seed(self.seed)
+            rng.seed(self.seed, self.device)
             rng.restore(self.rng, self.device)
             bar = Progress(self.epochs * self.batches, self.start, shown=progress)
             stack.enter_context(bar)
@@ -150,18 +155,15 @@ class Run:
     def _advance(self, indices: Tensor) -> float:
         """Make a step; returns its loss."""
         inputs, targets = self.recorder.fetch(indices)
+        if self.bare and self.features is None:
+            return self._descend(inputs, targets)
         watch = None if self.features is None else self.features.watch(inputs)
         around = None if watch is None else watch.forward(inputs)
         result = forward(
             self.model, inputs, targets,
             loss=self.loss, reduction="mean", objective=self.objective, around=around,
         )  # fmt: skip
-        value = result.plain.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss at step {self.recorder.position} is {value}; training stopped there, and "
-                f"{self.recorder.kept}. Lower the learning rate, or check the data"
-            )
+        value = self._finite(result.plain.item())
         edges = [] if watch is None else watch.edges(result.outputs, result.losses, result.total)
         descent = descend(result.total, self.parameters, self.objective, edges)
         found = descent.found
@@ -176,6 +178,24 @@ class Run:
         if watch is not None and self.features is not None:
             rates = [float(group["lr"]) for group in self.optimizer.param_groups]
             self.features.take(watch, self.recorder.position, indices, rates, self.sign * self.clip)
+        return value
+
+    def _descend(self, inputs: Inputs, targets: Tensor) -> float:
+        """A step on nothing but the loss: what :meth:`_advance` would do, to the last bit, with less around it."""
+        losses = losses_of(call(self.model, inputs), targets, self.loss)
+        value = self._finite(losses.detach().mean().item())
+        if self.shares.shape != losses.shape or self.shares.dtype != losses.dtype:
+            self.shares = torch.ones_like(losses) / len(losses)
+        assign(self.parameters, gradients(losses, self.parameters, weights=self.shares)[0])
+        self.optimizer.step()
+        return value
+
+    def _finite(self, value: float) -> float:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss at step {self.recorder.position} is {value}; training stopped there, and "
+                f"{self.recorder.kept}. Lower the learning rate, or check the data"
+            )
         return value
 
     def _end_epoch(self) -> None:

@@ -37,21 +37,18 @@ class Descent(NamedTuple):
     """The gradients of one step.
 
     Attributes:
+        found: of the whole objective: what the optimiser is given, before clipping.
         examples: of ``total``, which is a sum over the examples.
         penalty: of the penalty on these gradients; ``None`` where there is none.
         edges: of ``total``, at the edges asked for.
         value: the whole objective.
     """
 
+    found: list[Tensor | None]
     examples: list[Tensor | None]
     penalty: list[Tensor | None]
     edges: list[Tensor | None]
     value: Tensor
-
-    @property
-    def found(self) -> list[Tensor | None]:
-        """What the optimiser is given, before clipping."""
-        return [g if p is None or g is None else g + p for g, p in zip(self.examples, self.penalty, strict=True)]
 
 
 def private_copy(model: nn.Module) -> nn.Module:
@@ -95,13 +92,19 @@ def forward(
     inputs = objective.tracked(inputs)
     with around or nullcontext():
         outputs = call(model, inputs)
-    losses = loss(outputs, targets)
-    check_losses(losses, targets.shape[0])
+    losses = losses_of(outputs, targets, loss)
     total = plain = reduced(losses, reduction)
     if objective.input_penalty:
         losses = losses + objective.input_penalty * input_penalty(outputs, inputs)
         total = reduced(losses, reduction)
     return Forward(outputs, losses, total, plain)
+
+
+def losses_of(outputs: Tensor, targets: Tensor, loss: LossFunction) -> Tensor:
+    """One loss per example."""
+    losses = loss(outputs, targets)
+    check_losses(losses, targets.shape[0])
+    return losses
 
 
 def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
@@ -115,30 +118,39 @@ def descend(
     """Gradients of an objective made of ``total``, with respect to the parameters, and of ``total`` at the edges."""
     if not objective.parameter_penalty:
         found, at_edges = gradients(total, parameters, edges)
-        return Descent(found, [None] * len(found), at_edges, total)
+        return Descent(found, found, [None] * len(found), at_edges, total)
     found, at_edges = gradients(total, parameters, edges, twice=True)
     penalty = objective.parameter_penalty * square(found)
     extra: list[Tensor | None] = [None] * len(found)
     if penalty.requires_grad:  # not for losses that are linear in the parameters
         extra = list(torch.autograd.grad(penalty, list(parameters), allow_unused=True))
-    plain = [[g if g is None else g.detach() for g in part] for part in (found, at_edges)]
-    return Descent(plain[0], extra, plain[1], (total + penalty).detach())
+    examples, at_edges = ([g if g is None else g.detach() for g in part] for part in (found, at_edges))
+    both = [g if p is None or g is None else g + p for g, p in zip(examples, extra, strict=True)]
+    return Descent(both, examples, extra, at_edges, (total + penalty).detach())
 
 
 def gradients(
-    total: Tensor, parameters: Sequence[Tensor], edges: Sequence[GradientEdge] = (), *, twice: bool = False
+    total: Tensor,
+    parameters: Sequence[Tensor],
+    edges: Sequence[GradientEdge] = (),
+    *,
+    twice: bool = False,
+    weights: Tensor | None = None,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients of ``total`` at the parameters and at the edges; ``None`` where it has none.
 
-    With ``twice`` they can be differentiated again.
+    With ``twice`` they can be differentiated again. With ``weights``, ``total`` may be several numbers: the gradients
+    are those of Σ weights · total.
     """
     if not total.requires_grad:
         raise ModelError(
             "the loss does not depend on any trainable parameter; check requires_grad, and that "
             "neither the model nor the loss detaches its outputs"
         )
+    if not edges:
+        return list(torch.autograd.grad(total, parameters, weights, allow_unused=True, create_graph=twice)), []
     wanted: list[Any] = [*parameters, *edges]  # torch takes both together, its annotation does not
-    found = torch.autograd.grad(total, wanted, allow_unused=True, create_graph=twice)
+    found = torch.autograd.grad(total, wanted, weights, allow_unused=True, create_graph=twice)
     return list(found[: len(parameters)]), list(found[len(parameters) :])
 
 

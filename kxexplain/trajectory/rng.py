@@ -49,6 +49,21 @@ def restore(state: Mapping[str, Tensor], device: torch.device) -> None:
         _module(device).set_rng_state(state[device.type], device)
 
 
+def seed(number: int, device: torch.device) -> None:
+    """Seed the CPU's generator and ``device``'s, if that is another one.
+
+    ``torch.manual_seed`` seeds those of all devices, present or not, and takes a millisecond to remember that.
+
+    >>> seed(7, torch.device("cpu"))
+    >>> bool(torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(7)))
+    True
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(number)
+    else:
+        torch.manual_seed(number)
+
+
 @contextmanager
 def fork(device: torch.device) -> Iterator[None]:
     """On leaving the block the generators are as they were on entering it."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import kxexplain as kx
-from kxexplain.learning.rates import CAUSAL, HINDSIGHT
+from kxexplain.learning.lagged import LaggedSum
+from kxexplain.learning.rates import CAUSAL, HINDSIGHT, LEAST_FLOOR, PLAIN, NormSums, hindsight, rate
 from kxexplain.trajectory import resolve
 
 
@@ -61,6 +62,7 @@ def problem(name: str, n: int | None = None) -> Problem:
     x = torch.from_numpy(PCA(size, whiten=True, random_state=0).fit_transform(scaled))[:n]
     labels = torch.nn.functional.one_hot(torch.from_numpy(raw.target).long()[:n]).double()
     data = TensorDataset(x, 0.9 * labels + 0.1 / labels.shape[1])
+    torch.manual_seed(0)  # the same shift of all classes changes no loss: the start decides which minimiser is found
     found, minimum = kx.minimize(nn.Linear(size, labels.shape[1]), data, "cross_entropy")
     assert isinstance(found, nn.Linear)
     return Problem(data, "cross_entropy", found, minimum)
@@ -92,6 +94,20 @@ def course(one: Problem, schedule: kx.Schedule, seed: int, steps: int, rate: flo
         optimizer.step()
         rows.append((scheduler.get_lr()[0], norm, value.item() - one.minimum, distance))
     return Course(*np.array(rows).T)
+
+
+def foreseen(name: str, norms: np.ndarray, radius: float) -> np.ndarray:
+    """The rates of a schedule for these norms; constant, linear and cosine begin with the best constant rate."""
+    best = radius * hindsight("constant_optimum", norms.tolist(), floor=LEAST_FLOOR)
+    if name in PLAIN:
+        return best * np.array([PLAIN[name](t, len(norms)) for t in range(1, len(norms) + 1)])
+    if name in HINDSIGHT:
+        return radius * hindsight(name, norms.tolist(), floor=LEAST_FLOOR)
+    sums, found = NormSums(LEAST_FLOOR, history=LaggedSum()), []
+    for norm in norms:
+        sums.add(float(norm))
+        found.append(rate(name, sums, len(norms), radius))
+    return np.array(found)
 
 
 def scheduled(name: str, radius: float, norms: np.ndarray) -> kx.Schedule:

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 import kxexplain as kx
 from kxexplain.learning import bounds as theory
 from kxexplain.learning.rates import CAUSAL, FLOOR, HINDSIGHT
-from tests.learning.convex import PROBLEMS, Course, course, problem, scheduled
+from tests.learning.convex import PROBLEMS, Course, course, foreseen, problem, scheduled
 
 SEEDS, STEPS = 20, 12
 NAMES = (*CAUSAL, *HINDSIGHT, "constant", "linear", "cosine")
@@ -120,6 +120,16 @@ def test_the_refined_rate_comes_to_the_continuous_optimum() -> None:
     assert ratios[0] > ratios[1] > ratios[2] > 1
     assert ratios[2] < 1.001
     assert theory.last_bound(np.append(run[:-1], 0.0), norms, 1.0) == math.inf
+
+
+@pytest.mark.parametrize("shape", ["even", "falling", "rising", "wavy"])
+def test_for_given_norms_no_schedule_has_a_smaller_last_bound_than_the_refined(shape: str) -> None:
+    t = np.linspace(0, 1, 500)
+    norms = {"even": 1 + 0 * t, "falling": 2 - 1.5 * t, "rising": 0.5 + t, "wavy": 1 + 0.5 * np.sin(9 * t)}[shape]
+    optimum = theory.continuous_optimum(norms, 3.0)
+    ratios = {name: theory.last_bound(foreseen(name, norms, 3.0), norms, 3.0) / optimum for name in NAMES}
+    assert min(ratios, key=ratios.__getitem__) == "refined", ratios
+    assert 1 < ratios["refined"] < 1.02
 
 
 # from a recorded trajectory

@@ -152,6 +152,17 @@ def test_v_is_the_naive_sum(kind: str) -> None:
     np.testing.assert_allclose(found, naive_sums, rtol=1e-13)
 
 
+def test_v_is_exact_and_cheap_for_a_hundred_thousand_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, sums, transformed = np.random.default_rng(0).random(100_000), LaggedSum(), []
+    spread = LaggedSum._spread
+    monkeypatch.setattr(LaggedSum, "_spread", lambda self, block: (transformed.append(2 * block), spread(self, block)))
+    found = [sums.add(value) for value in values]
+    assert sum(transformed) < 2 * len(values) * math.log2(len(values))  # where a sum of its own each step takes T² / 2
+    weight = 1 / np.maximum(1, np.arange(len(values)))
+    for t in (0, 63, 64, 65_535, 65_536, 99_999):
+        assert found[t] == pytest.approx(float(values[: t + 1] @ weight[t::-1]), rel=1e-13)
+
+
 @given(st.lists(st.floats(0, 1e6), max_size=300), st.integers(0, 300))
 @settings(max_examples=30, deadline=None)
 def test_v_goes_on_from_its_values_to_the_last_bit(values: list[float], at: int) -> None:

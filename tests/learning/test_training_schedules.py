@@ -93,6 +93,28 @@ def test_fit_is_train_unrecorded(options: dict[str, Any], tmp_path: Path) -> Non
     assert all(torch.equal(p, q) for p, q in zip(recorded.parameters(), bare.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fit_is_a_bare_loop_of_torch_s_to_the_last_bit(loss: str, dtype: torch.dtype) -> None:
+    """On the short way of a plain run, and on the long one, which a limit that never clips asks for."""
+    x, y = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in examples().tensors)
+    targets = y if loss == "cross_entropy" else nn.functional.one_hot(y, 3).to(dtype)
+    losses = {"cross_entropy": nn.functional.cross_entropy, "mse": nn.functional.mse_loss}
+    model, ends = network().to(dtype), []
+    for options in ({}, {"clip_norm": 1e9}):
+        fitted = network().to(dtype)
+        kx.fit(fitted, TensorDataset(x, targets), loss, **SETTINGS, **options)
+        ends.append([p.tolist() for p in fitted.parameters()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for epoch in range(3):
+        for rows in kx.learning.run.permutation(22, 0, epoch).split(5):
+            optimizer.zero_grad()
+            each = losses[loss](model(x[rows]), targets[rows], reduction="none")
+            (each if each.dim() == 1 else each.mean(1)).mean().backward()
+            optimizer.step()
+    assert ends[0] == ends[1] == [p.tolist() for p in model.parameters()]
+
+
 def test_fit_fails_in_words() -> None:
     calls = []
 
