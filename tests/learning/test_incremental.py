@@ -17,7 +17,7 @@ import kxexplain as kx
 from kxexplain.errors import ArgumentError, DatasetError, ModelError, TrajectoryError
 from kxexplain.learning.incremental.damping import chosen, left_out
 from kxexplain.learning.incremental.encoding import margin_outputs
-from kxexplain.learning.incremental.logistic import descent, hessian_root, losses, newton
+from kxexplain.learning.incremental.optimum import descent, hessian_root, losses, newton
 
 RULES = ("gradient", "ridge", "logistic")
 
@@ -261,7 +261,7 @@ def test_newton_and_descent_agree_and_the_root_is_the_hessians() -> None:
     goal = torch.softmax(torch.randn(5, 3, dtype=torch.float64), 1)
     start = torch.zeros_like(goal)
     torch.testing.assert_close(
-        newton(gram, base, goal, 0.2, start), descent(gram, base, goal, 0.2, start), rtol=1e-6, atol=1e-6
+        newton(gram, base, goal, 0.2, start)[0], descent(gram, base, goal, 0.2, start)[0], rtol=1e-6, atol=1e-6
     )
     one = base[:1]
     hessian = torch.autograd.functional.hessian(lambda u: losses(u, goal[:1]).sum(), one)[0, :, 0]  # type: ignore[index]
@@ -469,8 +469,12 @@ def test_wrong_arguments() -> None:
         kx.IncrementalModel(network()).forget(0)
     with pytest.raises(ModelError, match="no trainable"):
         kx.IncrementalModel(nn.Flatten())
-    with pytest.raises(ArgumentError, match="ridge rule"):
+    with pytest.raises(ArgumentError, match="learn some first"):
         kx.IncrementalModel(network(), rule="logistic").tune()
+    stepping = kx.IncrementalModel(network(), rule="gradient")
+    stepping.learn(*examples(3))
+    with pytest.raises(ArgumentError, match="nothing is left out"):
+        stepping.tune()
 
 
 # The bill.

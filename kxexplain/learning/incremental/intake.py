@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +54,7 @@ def named(ids: Iterable[Any] | None, n: int, held: Sequence[Identity], numbers: 
         fresh = (number for number in numbers if number not in taken)
         return [next(fresh) for _ in range(n)]
     given: list[Any] = [ids] if isinstance(ids, (int, str)) else list(ids)
-    names: list[Any] = [i.item() if isinstance(i, Tensor) else i for i in given]
+    names: list[Any] = [i.item() if isinstance(i, (Tensor, np.generic)) else i for i in given]
     if len(names) != n or any(isinstance(i, bool) or not isinstance(i, (int, str)) for i in names):
         raise ArgumentError(f"got ids {names[:5]!r} for {n} example(s); expected a whole number or a text for each")
     double = [name for name in names if name in taken]
