@@ -425,6 +425,8 @@ def test_models_of_any_kind() -> None:
         (torch.zeros(0, 4).double(), [], {}, DatasetError, "no examples"),
         (torch.full((2, 4), torch.nan).double(), [0, 1], {}, DatasetError, "NaN"),
         (torch.zeros(2, 4).double(), [0], {}, DatasetError, r"expected \(2,\)"),
+        (torch.zeros(2, 4).double(), None, {}, DatasetError, "expected class numbers"),
+        (torch.zeros(1, 4).double(), ["a"], {}, DatasetError, "expected class numbers"),
         (torch.zeros(2, 4).double(), [0, -1], {}, DatasetError, "reach from -1"),
         (torch.zeros(2, 4).double(), [0, 3], {}, DatasetError, "label 3 is unknown"),
         (torch.zeros(2, 4).double(), [0.0, 1.0], {}, DatasetError, r"\(2, 3\) numbers"),
@@ -442,6 +444,15 @@ def test_wrong_input_changes_nothing(x: Tensor, y: Any, options: Any, kind: Any,
         learner.learn(x, y, **options)
     assert learner.ids == ["old"]
     assert torch.equal(learner(old), before)
+
+
+def test_outputs_and_gradients_that_are_not_finite_are_refused() -> None:
+    linear = nn.Linear(4, 3).double()
+    nn.init.ones_(linear.weight)
+    learner = kx.IncrementalModel(linear)
+    with pytest.raises(DatasetError, match="outputs or their gradients hold NaN or infinite"):
+        learner.learn(torch.full((1, 4), 1e308, dtype=torch.float64), [0])
+    assert not learner.ids
 
 
 def test_singular_systems_are_mended_by_the_damping_named() -> None:
@@ -462,6 +473,7 @@ def test_wrong_arguments() -> None:
     for options in (
         {"rule": "newton"}, {"solver": "sgd"}, {"damping": -1.0}, {"rate": 0}, {"remember": 0}, {"parameters": ["9"]},
         {"parameters": "2"}, {"loss": "huber"}, {"rule": "logistic", "damping": 0},
+        {"memory": 5},
     ):  # fmt: skip
         with pytest.raises(ArgumentError):
             kx.IncrementalModel(network(), **options)  # type: ignore[arg-type]

@@ -63,9 +63,12 @@ def protect(learner: IncrementalModel, memory: Any) -> None:
     """Hold past examples for good, before anything is learnt.
 
     Raises:
+        ArgumentError: neither a batch nor a dataset.
         DatasetError: inputs or targets that do not fit the model.
     """
     plain = isinstance(memory, (Tensor, dict))
+    if not plain and not hasattr(memory, "__len__"):
+        raise ArgumentError(f"got memory={memory!r}; expected a batch of inputs, or a dataset of (input, target)")
     device = learner.features.like.device
     inputs, targets = (memory, None) if plain else fetch(memory, range(len(memory)), device)
     outputs = learner.features.checked(inputs)

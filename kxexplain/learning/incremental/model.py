@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kxexplain.attribution.result import Explanation
 from kxexplain.errors import ArgumentError
 from kxexplain.learning.incremental import explaining, growing, merging, predicting, saving
-from kxexplain.learning.incremental.encoding import checked_labels
+from kxexplain.learning.incremental.encoding import as_targets, checked_labels
 from kxexplain.learning.incremental.features import TangentFeatures
 from kxexplain.learning.incremental.held import Batch, Held, Identity
 from kxexplain.learning.incremental.intake import batch_of, named, trained
@@ -51,7 +51,8 @@ class IncrementalModel(nn.Module):
         architecture: with a trajectory, a model of the recorded architecture; only its code is used.
         rule: ``"ridge"``, ``"logistic"`` or ``"gradient"``.
         damping: ρ. If ``None``, the ridge rule chooses it by leaving one out, in closed form, at the first
-            :meth:`learn` (see :meth:`tune`); the others take 1 % of the kernel's mean diagonal.
+            :meth:`learn`; the others take 1 % of the kernel's mean diagonal. :meth:`tune` chooses it anew, for the
+            logistic rule too.
         rate: of the gradient rule.
         margin: of the ridge rule.
         loss: of the gradient rule, by name or a function (outputs, targets) to one loss per example; by default the
@@ -191,9 +192,7 @@ class IncrementalModel(nn.Module):
             TrainingError: the logistic rule's optimum was not found.
         """
         outputs = self.features.checked(inputs)
-        labels = targets if isinstance(targets, Tensor) else torch.as_tensor(targets)
-        labels = (labels[None] if labels.dim() == 0 else labels).to(outputs.device)
-        labels = checked_labels(labels, len(outputs), outputs.shape[1], grow=new_classes)
+        labels = checked_labels(as_targets(targets, outputs), len(outputs), outputs.shape[1], grow=new_classes)
         names = named(ids, len(outputs), self.held.ids, self.numbers)
         step = len(labels) if self.settings.rule == "gradient" else self.settings.remember
         with unchanged_on_error(self):
