@@ -1,8 +1,9 @@
 """Ten thousand examples, one at a time: time per example and memory stay as they are.
 
 Digits network 64-32-10; its training examples come again and again, with noise. The gradient rule with all 2,410
-parameters, and the ridge rule with the last layer's 330, whose system then has 330 rows however many have come. The
-last 100 examples stay forgettable.
+parameters, and the ridge rule with the last layer's 330, whose system then has 330 rows however many have come; the
+last 100 examples stay forgettable. The ridge and the logistic rule with all parameters, whose systems are those of the
+last 20 and 10 examples.
 
     .venv/bin/python tests/benchmarks/stream.py [--examples 10000]
 """
@@ -21,6 +22,13 @@ from torch import nn
 import kxexplain as kx
 from tests.benchmarks.environment import write_result
 
+WAYS: dict[str, dict[str, Any]] = {
+    "gradient": {"rule": "gradient", "rate": 0.02, "remember": 100},
+    "ridge_last_layer": {"rule": "ridge", "damping": 1.0, "parameters": ["2"], "remember": 100},
+    "ridge_window": {"rule": "ridge", "damping": 10.0, "remember": 20},
+    "logistic_window": {"rule": "logistic", "damping": 1.0, "remember": 10},
+}
+
 
 def streamed(options: dict[str, Any], count: int) -> dict[str, Any]:
     data = kx.datasets.digits()
@@ -28,7 +36,7 @@ def streamed(options: dict[str, Any], count: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     kx.train(model, torch.utils.data.Subset(data.train, range(300)), epochs=10, out=options.pop("out"), progress=False)
-    learner = kx.IncrementalModel(model, remember=100, **options)
+    learner = kx.IncrementalModel(model, **options)
     wall, processor, memory = [], [], []
     for i in range(count):
         at = i % len(x)
@@ -66,12 +74,7 @@ def main() -> None:
     count = parser.parse_args().examples
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        result = {
-            "gradient": streamed({"rule": "gradient", "rate": 0.02, "out": f"{folder}/a"}, count),
-            "ridge_last_layer": streamed(
-                {"rule": "ridge", "damping": 1.0, "parameters": ["2"], "out": f"{folder}/b"}, count
-            ),
-        }
+        result = {name: streamed({**options, "out": f"{folder}/{name}"}, count) for name, options in WAYS.items()}
     write_result(Path(__file__).stem, {"examples": count, **result})
 
 

@@ -17,7 +17,7 @@ import kxexplain as kx
 from kxexplain.errors import ArgumentError, DatasetError, ModelError, TrajectoryError
 from kxexplain.learning.incremental.damping import chosen, left_out
 from kxexplain.learning.incremental.encoding import margin_outputs
-from kxexplain.learning.incremental.logistic import descent, hessian_root, losses, newton
+from kxexplain.learning.incremental.optimum import descent, hessian_root, losses, newton
 
 RULES = ("gradient", "ridge", "logistic")
 
@@ -261,7 +261,7 @@ def test_newton_and_descent_agree_and_the_root_is_the_hessians() -> None:
     goal = torch.softmax(torch.randn(5, 3, dtype=torch.float64), 1)
     start = torch.zeros_like(goal)
     torch.testing.assert_close(
-        newton(gram, base, goal, 0.2, start), descent(gram, base, goal, 0.2, start), rtol=1e-6, atol=1e-6
+        newton(gram, base, goal, 0.2, start)[0], descent(gram, base, goal, 0.2, start)[0], rtol=1e-6, atol=1e-6
     )
     one = base[:1]
     hessian = torch.autograd.functional.hessian(lambda u: losses(u, goal[:1]).sum(), one)[0, :, 0]  # type: ignore[index]
@@ -425,6 +425,8 @@ def test_models_of_any_kind() -> None:
         (torch.zeros(0, 4).double(), [], {}, DatasetError, "no examples"),
         (torch.full((2, 4), torch.nan).double(), [0, 1], {}, DatasetError, "NaN"),
         (torch.zeros(2, 4).double(), [0], {}, DatasetError, r"expected \(2,\)"),
+        (torch.zeros(2, 4).double(), None, {}, DatasetError, "expected class numbers"),
+        (torch.zeros(1, 4).double(), ["a"], {}, DatasetError, "expected class numbers"),
         (torch.zeros(2, 4).double(), [0, -1], {}, DatasetError, "reach from -1"),
         (torch.zeros(2, 4).double(), [0, 3], {}, DatasetError, "label 3 is unknown"),
         (torch.zeros(2, 4).double(), [0.0, 1.0], {}, DatasetError, r"\(2, 3\) numbers"),
@@ -442,6 +444,15 @@ def test_wrong_input_changes_nothing(x: Tensor, y: Any, options: Any, kind: Any,
         learner.learn(x, y, **options)
     assert learner.ids == ["old"]
     assert torch.equal(learner(old), before)
+
+
+def test_outputs_and_gradients_that_are_not_finite_are_refused() -> None:
+    linear = nn.Linear(4, 3).double()
+    nn.init.ones_(linear.weight)
+    learner = kx.IncrementalModel(linear)
+    with pytest.raises(DatasetError, match="outputs or their gradients hold NaN or infinite"):
+        learner.learn(torch.full((1, 4), 1e308, dtype=torch.float64), [0])
+    assert not learner.ids
 
 
 def test_singular_systems_are_mended_by_the_damping_named() -> None:
@@ -462,6 +473,7 @@ def test_wrong_arguments() -> None:
     for options in (
         {"rule": "newton"}, {"solver": "sgd"}, {"damping": -1.0}, {"rate": 0}, {"remember": 0}, {"parameters": ["9"]},
         {"parameters": "2"}, {"loss": "huber"}, {"rule": "logistic", "damping": 0},
+        {"memory": 5},
     ):  # fmt: skip
         with pytest.raises(ArgumentError):
             kx.IncrementalModel(network(), **options)  # type: ignore[arg-type]
@@ -469,8 +481,12 @@ def test_wrong_arguments() -> None:
         kx.IncrementalModel(network()).forget(0)
     with pytest.raises(ModelError, match="no trainable"):
         kx.IncrementalModel(nn.Flatten())
-    with pytest.raises(ArgumentError, match="ridge rule"):
+    with pytest.raises(ArgumentError, match="learn some first"):
         kx.IncrementalModel(network(), rule="logistic").tune()
+    stepping = kx.IncrementalModel(network(), rule="gradient")
+    stepping.learn(*examples(3))
+    with pytest.raises(ArgumentError, match="nothing is left out"):
+        stepping.tune()
 
 
 # The bill.

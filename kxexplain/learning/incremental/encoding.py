@@ -6,6 +6,8 @@ every other one by a margin m, min ‖z − f‖² so that z_y − z_c ≥ m. An
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -46,6 +48,24 @@ def one_hot(labels: Int[Tensor, " n"], columns: int, like: Tensor) -> Tensor:
     if columns == 1:
         return labels[:, None].to(like)
     return torch.nn.functional.one_hot(labels, columns).to(like)
+
+
+def as_targets(targets: Any, like: Tensor) -> Tensor:
+    """Targets as a tensor with an axis of examples; one number is that of one example.
+
+    Raises:
+        DatasetError: anything that is no array of numbers.
+
+    >>> as_targets(2, torch.zeros(1, 3))
+    tensor([2])
+    """
+    try:
+        found = torch.as_tensor(targets, device=like.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DatasetError(
+            f"got targets {targets!r} ({error}); expected class numbers, or numbers to aim at"
+        ) from error
+    return found[None] if found.dim() == 0 else found
 
 
 def checked_labels(targets: Tensor, n: int, columns: int, *, grow: bool) -> Tensor:

@@ -74,7 +74,7 @@ def explain(learner: IncrementalModel, dataset: Any, queries: Any, target: Any, 
         added_names=names,
         remainder=(total.double() - explained).to(bill.prediction),
         labels=labels,
-        facts={**bill.facts, "target": str(target), "rule of learning": learner.rule},
+        facts={**bill.facts, "target": str(target), "rule of learning": learner.settings.rule},
     )
 
 

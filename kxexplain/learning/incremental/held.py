@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kxexplain.errors import ArgumentError
 from kxexplain.gradients import Factors
 from kxexplain.gradients.factors import Factor, Outer, take
 from kxexplain.kernels.tangent import joined_factors
@@ -60,7 +61,10 @@ class Batch:
 
 
 class Held:
-    """Examples one by one, in the order they came; the first ``protected`` are the memory of past ones."""
+    """Examples one by one, in the order they came; the first ``protected`` are the memory of past ones.
+
+    The list is replaced at every change, never written to: what it was before can be gone back to.
+    """
 
     def __init__(self) -> None:
         self.rows: list[Batch] = []
@@ -80,18 +84,29 @@ class Held:
         """Numbers that the examples' gradients take."""
         return sum(f.elements for row in self.rows for f in row.factors)
 
-    def place(self, name: Identity) -> int | None:
-        """Where an example stands; ``None`` if it is not held."""
-        return next((i for i, row in enumerate(self.rows) if row.ids[0] == name), None)
+    def place(self, name: Identity, room: int) -> int:
+        """Where an example stands that can be forgotten; there is room for so many.
+
+        Raises:
+            ArgumentError: it is not held, or one of the memory's.
+        """
+        own = self.ids[self.protected :]
+        if name not in own:
+            shown = f"{own[:5]!r}"[:-1] + (", …]" if len(own) > 5 else "]")
+            raise ArgumentError(
+                f"id {name!r} cannot be forgotten: held are {len(own)} examples, {shown}; of those learnt longer ago "
+                f"the terms stay (remember={room}), and a memory is held for good"
+            )
+        return self.protected + own.index(name)
 
     def add(self, batch: Batch) -> None:
         """Hold on to some more."""
-        self.rows += [batch.row(i) for i in range(len(batch))]
+        self.rows = self.rows + [batch.row(i) for i in range(len(batch))]
         self._factors = None
 
     def drop(self, i: int) -> None:
         """Let go of one."""
-        del self.rows[i]
+        self.rows = self.rows[:i] + self.rows[i + 1 :]
         self._factors = None
 
     def shifted(self, by: Float[Tensor, "n c"]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError, DatasetError, ModelError
+from kxexplain.gradients import Outer
 from kxexplain.learning.incremental.encoding import margin_outputs, one_hot, probabilities
 from kxexplain.learning.incremental.features import TangentFeatures, grown
 from kxexplain.learning.incremental.held import Batch, Identity
@@ -52,8 +54,8 @@ def named(ids: Iterable[Any] | None, n: int, held: Sequence[Identity], numbers: 
     if ids is None:
         fresh = (number for number in numbers if number not in taken)
         return [next(fresh) for _ in range(n)]
-    given: list[Any] = [ids] if isinstance(ids, (int, str)) else list(ids)
-    names: list[Any] = [i.item() if isinstance(i, Tensor) else i for i in given]
+    given: list[Any] = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else [ids]
+    names: list[Any] = [i.item() if isinstance(i, (Tensor, np.generic)) else i for i in given]
     if len(names) != n or any(isinstance(i, bool) or not isinstance(i, (int, str)) for i in names):
         raise ArgumentError(f"got ids {names[:5]!r} for {n} example(s); expected a whole number or a text for each")
     double = [name for name in names if name in taken]
@@ -88,8 +90,18 @@ def batch_of(
     features: TangentFeatures, names: list[Identity], inputs: Inputs, targets: Tensor | None,
     frozen: Tensors | None, *, rule: str, margin: float,
 ) -> Batch:  # fmt: skip
-    """Examples with their output gradients, and what the rule needs to know of them."""
+    """Examples with their output gradients, and what the rule needs to know of them.
+
+    Raises:
+        DatasetError: outputs or gradients that are not finite, or targets that the rule cannot take.
+    """
     factors, base = features.factors(inputs), features.outputs(inputs).to(features.like)
+    values = [base, *(t for f in factors for t in ((f.a, f.g) if isinstance(f, Outer) else (f.values,)))]
+    if not all(bool(t.isfinite().all()) for t in values):
+        raise DatasetError(
+            "the model's outputs or their gradients hold NaN or infinite values at these inputs; leave out what it "
+            "cannot be trusted with (inputs far from the training examples'?)"
+        )
     shift = torch.zeros_like(base) if frozen is None else features.along(factors, frozen)
     return Batch(names, inputs, targets, factors, base, goal(rule, base, targets, margin), shift)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from kxexplain.errors import ArgumentError
 from kxexplain.learning.incremental.features import TangentFeatures
+from kxexplain.learning.incremental.predicting import classes
 from kxexplain.shapes import Inputs
 from kxexplain.trajectory.batches import count
 from kxexplain.trajectory.forward import private_copy
@@ -65,12 +66,12 @@ def merge(learner: IncrementalModel, inputs: Inputs | None) -> Merged:
     learnt, gap = (linear - before).norm(), (merged - linear).norm()
     moved = sum(float(v.square().sum()) for v in vector.values()) ** 0.5
     size = sum(float(own[name].detach().double().square().sum()) for name in vector) ** 0.5
-    classes = [(t[:, 0] > 0) if t.shape[1] == 1 else t.argmax(1) for t in (linear, merged)]
+    named = [classes(outputs) for outputs in (linear, merged)]
     return Merged(
         model=model,
         examples=len(merged),
         largest=float((merged - linear).abs().max()),
         relative=float(gap / learnt) if learnt > 0 else 0.0,
-        agreement=float((classes[0] == classes[1]).double().mean()),
+        agreement=float((named[0] == named[1]).double().mean()),
         distance=moved / size if size > 0 else float("inf"),
     )

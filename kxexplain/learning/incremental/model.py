@@ -7,7 +7,7 @@ Source: the kernel form, Domingos 2020 (arXiv 2012.00152); the linearised model,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count as counting
 from os import PathLike
 from pathlib import Path
@@ -19,20 +19,17 @@ from torch import Tensor, nn
 
 from kxexplain.attribution.result import Explanation
 from kxexplain.errors import ArgumentError
-from kxexplain.learning.incremental import explaining, growing, merging, saving
-from kxexplain.learning.incremental.encoding import checked_labels, positive
+from kxexplain.learning.incremental import explaining, growing, merging, predicting, saving
+from kxexplain.learning.incremental.encoding import as_targets, checked_labels
 from kxexplain.learning.incremental.features import TangentFeatures
 from kxexplain.learning.incremental.held import Batch, Held, Identity
 from kxexplain.learning.incremental.intake import batch_of, named, trained
-from kxexplain.learning.incremental.logistic import SOLVERS, LogisticRule
-from kxexplain.learning.incremental.ridge import RidgeRule
-from kxexplain.learning.incremental.rules import GradientRule, Rule
+from kxexplain.learning.incremental.settings import Settings
+from kxexplain.learning.incremental.undoing import unchanged_on_error
 from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory import Trajectory
-from kxexplain.trajectory.batches import fetch, take
+from kxexplain.trajectory.batches import take
 from kxexplain.trajectory.losses import LOSSES, LossFunction, resolve
-
-RULES = ("gradient", "ridge", "logistic")
 
 
 class IncrementalModel(nn.Module):
@@ -54,7 +51,8 @@ class IncrementalModel(nn.Module):
         architecture: with a trajectory, a model of the recorded architecture; only its code is used.
         rule: ``"ridge"``, ``"logistic"`` or ``"gradient"``.
         damping: ρ. If ``None``, the ridge rule chooses it by leaving one out, in closed form, at the first
-            :meth:`learn` (see :meth:`tune`); the others take 1 % of the kernel's mean diagonal.
+            :meth:`learn`; the others take 1 % of the kernel's mean diagonal. :meth:`tune` chooses it anew, for the
+            logistic rule too.
         rate: of the gradient rule.
         margin: of the ridge rule.
         loss: of the gradient rule, by name or a function (outputs, targets) to one loss per example; by default the
@@ -101,48 +99,24 @@ class IncrementalModel(nn.Module):
         solver: str = "newton",
     ) -> None:
         super().__init__()
-        if rule not in RULES or solver not in SOLVERS:
-            raise ArgumentError(f"got rule={rule!r}, solver={solver!r}; expected one of {RULES}, {tuple(SOLVERS)}")
-        if isinstance(remember, bool) or not isinstance(remember, int) or remember < 1:
-            raise ArgumentError(f"got remember={remember!r}; expected a whole number of at least 1")
-        if isinstance(parameters, str):
-            raise ArgumentError(f"got parameters={parameters!r}; expected a list of names")
-        if damping is not None:
-            positive(damping, "damping", zero=rule == "ridge")
+        self.settings = Settings(rule, damping, rate, margin, remember, solver, parameters)
         # A tuple, so that the architecture is no part of this module.
         self.recorded = (model, architecture) if isinstance(model, Trajectory) and architecture is not None else None
-        self.rule, self.solver, self.damping = rule, solver, None if damping is None else float(damping)
-        self.rate, self.margin = positive(rate, "rate"), positive(margin, "margin")
-        self.remember, self.parameters_taken = remember, None if parameters is None else list(parameters)
         self.loss = resolve(loss)[1] if loss is not None else model.loss if isinstance(model, Trajectory) else None
-        self.start(TangentFeatures(trained(model, architecture), self.parameters_taken))
+        self.start(TangentFeatures(trained(model, architecture), parameters))
         if memory is not None:
-            self._protect(memory)
+            growing.protect(self, memory)
 
     def start(self, features: TangentFeatures) -> None:
         """Begin with nothing learnt, from this model."""
         self.features, self.base = features, features.model
         self.held = Held()
-        self.engine = self._engine()
+        self.engine = self.settings.engine(features, self.held, self.loss)
         self.regression = self.loss is LOSSES["mse"]
         self.growth: list[tuple[int, float]] = []  # outputs added, and what they began at
         self.origin: str | None = None  # checksum of the model before it grew
         self.numbers = counting()
         self._vector: Tensors | None = None
-
-    def _engine(self) -> Rule:
-        if self.rule == "ridge":
-            return RidgeRule(self.features, self.held, self.damping)
-        if self.rule == "logistic":
-            return LogisticRule(self.features, self.held, self.damping, self.solver)
-        return GradientRule(self.features, self.held, self.damping, self._losses, self.rate)
-
-    def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if self.loss is not None:  # which may want outputs in the shape that the model gives them
-            shape = (-1, *self.features.shape)
-            return self.loss(outputs.reshape(shape), targets.reshape(shape) if targets.is_floating_point() else targets)
-        single = "logistic" if outputs.shape[1] == 1 else "cross_entropy"
-        return LOSSES["mse" if targets.is_floating_point() else single](outputs, targets)
 
     # What it predicts.
 
@@ -154,18 +128,8 @@ class IncrementalModel(nn.Module):
         """
         batch: Inputs = named or (inputs[0] if len(inputs) == 1 else inputs)
         with torch.no_grad():
-            outputs = self._predicted(batch)
+            outputs = predicting.outputs(self, batch)
         return outputs.reshape(-1, *self.features.shape)
-
-    def _predicted(self, inputs: Inputs) -> Float[Tensor, "n c"]:
-        if self.learnt and self.form == "vector":
-            return self.features.linearised(inputs, self.vector())
-        outputs = self.features.outputs(inputs)
-        if not self.learnt:
-            return outputs
-        gram = self.features.gram(self.features.factors(inputs), self.held.factors())
-        moved = (gram @ self.engine.coefficients().flatten()).view(outputs.shape)
-        return outputs + moved.to(outputs)
 
     def predict(self, inputs: Inputs) -> Tensor:
         """Class numbers [n]; of a model that learnt targets which are numbers, its outputs [n, C].
@@ -175,10 +139,8 @@ class IncrementalModel(nn.Module):
         """
         self.features.checked(inputs)
         with torch.no_grad():
-            outputs = self._predicted(inputs)
-        if self.regression:
-            return outputs
-        return (outputs[:, 0] > 0).long() if outputs.shape[1] == 1 else outputs.argmax(1)
+            outputs = predicting.outputs(self, inputs)
+        return outputs if self.regression else predicting.classes(outputs)
 
     def vector(self) -> Tensors:
         """δ by parameter, in float64: everything that was learnt."""
@@ -230,36 +192,43 @@ class IncrementalModel(nn.Module):
             TrainingError: the logistic rule's optimum was not found.
         """
         outputs = self.features.checked(inputs)
-        labels = targets if isinstance(targets, Tensor) else torch.as_tensor(targets)
-        labels = (labels[None] if labels.dim() == 0 else labels).to(outputs.device)
-        labels = checked_labels(labels, len(outputs), outputs.shape[1], grow=new_classes)
+        labels = checked_labels(as_targets(targets, outputs), len(outputs), outputs.shape[1], grow=new_classes)
         names = named(ids, len(outputs), self.held.ids, self.numbers)
-        if not labels.is_floating_point() and int(labels.max()) >= max(2, outputs.shape[1]):
-            self._grow(int(labels.max()) + 1 - outputs.shape[1], inputs)
-        step = len(labels) if self.rule == "gradient" else self.remember
-        for at in range(0, len(labels), step):
-            rows = slice(at, at + step)
-            self._enter(self.batch(names[rows], take(inputs, rows), labels[rows]))
+        step = len(labels) if self.settings.rule == "gradient" else self.settings.remember
+        with unchanged_on_error(self):
+            if not labels.is_floating_point() and int(labels.max()) >= max(2, outputs.shape[1]):
+                growing.grow(self, int(labels.max()) + 1 - outputs.shape[1], inputs)
+            for at in range(0, len(labels), step):
+                rows = slice(at, at + step)
+                self._enter(names[rows], take(inputs, rows), labels[rows])
         return names
 
-    def _enter(self, batch: Batch) -> None:
+    def _enter(self, names: list[Identity], inputs: Inputs, labels: Tensor) -> None:
+        """Make room first, which changes no prediction, so that what comes can be taken back exactly."""
+        self._release(self.settings.remember - len(names))
+        batch = self.batch(names, inputs, labels)
         self.engine.learn(batch, self._outputs(batch))
         self.held.add(batch)
-        self.regression = self.regression or (batch.targets is not None and batch.targets.is_floating_point())
-        while len(self.held) - self.held.protected > self.remember:
+        self._release(self.settings.remember)  # of a gradient step on more than that
+        self.regression = self.regression or labels.is_floating_point()
+        self._vector = None
+
+    def _release(self, room: int) -> None:
+        """Let go of the oldest examples until so many are held."""
+        while len(self.held) - self.held.protected > max(0, room):
             self.engine.release(self.held.protected)
             self.held.drop(self.held.protected)
-        self._vector = None
 
     def _outputs(self, batch: Batch) -> Tensor:
         """The outputs that a gradient is taken at."""
-        if self.rule != "gradient" or not self.learnt:
+        if self.settings.rule != "gradient" or not self.learnt:
             return batch.base
         return batch.base + self.features.along(batch.factors, self.vector())
 
     def batch(self, names: list[Identity], inputs: Inputs, targets: Tensor | None) -> Batch:
         """Examples as the rule takes them, with their gradients."""
-        return batch_of(self.features, names, inputs, targets, self.engine.frozen, rule=self.rule, margin=self.margin)
+        own = self.settings
+        return batch_of(self.features, names, inputs, targets, self.engine.frozen, rule=own.rule, margin=own.margin)
 
     def forget(self, name: Identity) -> None:
         """Undo what one example put in, exactly: the others' solve without it, or its part of its step taken back.
@@ -267,61 +236,30 @@ class IncrementalModel(nn.Module):
         Raises:
             ArgumentError: it is not held: never learnt, forgotten, or one of those that ``remember`` has no room for.
         """
-        place = self.held.place(name)
-        if place is None or place < self.held.protected:
-            known = self.ids
-            shown = f"{known[:5]!r}"[:-1] + (", …]" if len(known) > 5 else "]")
-            raise ArgumentError(
-                f"id {name!r} cannot be forgotten: held are {len(known)} examples, {shown}; of those learnt longer ago "
-                f"the terms stay (remember={self.remember})"
-            )
-        self.engine.forget(place)
-        self.held.drop(place)
-        self._vector = None
+        place = self.held.place(name, self.settings.remember)
+        with unchanged_on_error(self):
+            self.engine.forget(place)
+            self.held.drop(place)
+            self._vector = None
 
     def tune(self) -> float:
-        """Choose the ridge rule's damping anew, by leaving one out of the examples held, and solve with it.
+        """Choose the damping anew by leaving one out of the examples held, the memory's too, and solve with it.
+
+        For the ridge rule that is in closed form. Kernel logistic regression has none: its left-out outputs are one
+        Newton step from the optimum of all.
 
         Returns:
             ρ.
 
         Raises:
-            ArgumentError: another rule, nothing held, or terms of examples that are no longer held.
+            ArgumentError: the gradient rule, nothing held, or a system with terms of examples that are no longer held.
         """
-        engine = self.engine
-        if not isinstance(engine, RidgeRule) or not len(self.held) or engine.released:
-            raise ArgumentError(
-                f"the damping of rule={self.rule!r} with {len(self.held)} examples held cannot be chosen by leaving "
-                "one out: that takes the ridge rule, and every example of its system"
-            )
-        engine.damping = None
-        engine.rebuild()
-        self._vector = None
-        assert engine.damping is not None
-        return engine.damping
-
-    def _protect(self, memory: Any) -> None:
-        """Hold past examples for good."""
-        plain = isinstance(memory, (Tensor, dict))
-        device = self.features.like.device
-        inputs, targets = (memory, None) if plain else fetch(memory, range(len(memory)), device)
-        outputs = self.features.checked(inputs)
-        if targets is not None:
-            targets = checked_labels(targets, len(outputs), outputs.shape[1], grow=False)
-        names: list[Identity] = [f"memory {i}" for i in range(len(outputs))]
-        self.held.add(self.batch(names, inputs, targets))
-        self.held.protected = len(self.held)
-        self.engine.rebuild()
-
-    def _grow(self, extra: int, inputs: Inputs) -> None:
-        """More outputs; the examples held are differentiated anew."""
-        if isinstance(self.engine, RidgeRule) and self.engine.released:
-            raise ArgumentError(
-                f"classes cannot be added once more examples were learnt than are held (remember={self.remember}); "
-                "go on from merge().model, or with a larger remember="
-            )
-        lowest = float(self.features.outputs(inputs).min(1).values.mean())
-        growing.grow(self, extra, lowest, inputs)
+        if not self.ids:
+            raise ArgumentError("no examples are held that could be left out; learn some first")
+        with unchanged_on_error(self):
+            found = self.engine.tune()
+            self._vector = None
+        return found
 
     # What can be done with it.
 
@@ -355,12 +293,7 @@ class IncrementalModel(nn.Module):
 
     def contributions(self, inputs: Inputs) -> Float[Tensor, "n m c"]:
         """K(x, x_j) a_j of every example held, memory first, in the order of ``held.ids``."""
-        if not len(self.held):
-            return self.features.outputs(inputs)[:, None][:, :0]
-        gram = self.features.gram(self.features.factors(inputs), self.held.factors())
-        a = self.engine.coefficients()
-        m, c = a.shape
-        return torch.einsum("ncmk,mk->nmc", gram.view(-1, c, m, c), a)
+        return predicting.contributions(self, inputs)
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write everything but the model's own weights to one safetensors file.
@@ -394,10 +327,16 @@ class IncrementalModel(nn.Module):
         self.base.eval()
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IncrementalModel:
+        """What ``to``, ``cuda``, ``double`` and the like call: what was learnt goes along."""
+        super()._apply(fn, recurse)
+        growing.moved(self, fn)
+        return self
+
     def __repr__(self) -> str:
         damping = "" if self.chosen_damping is None else f", damping {self.chosen_damping:.3g}"
         memory = f", {self.held.protected} in memory" if self.held.protected else ""
         return (
-            f"IncrementalModel({type(self.base).__name__}, {self.rule}{damping}, {len(self.ids)} examples held"
+            f"IncrementalModel({type(self.base).__name__}, {self.settings.rule}{damping}, {len(self.ids)} examples held"
             f"{memory}, {self.form} form)"
         )

@@ -15,14 +15,11 @@ from kxexplain.gradients import Factors
 from kxexplain.gradients.factors import take
 from kxexplain.kernels.tangent import joined_factors
 from kxexplain.learning.incremental import damping as left_out
-from kxexplain.learning.incremental.cholesky import bordered, downdated, factor, updated, without
+from kxexplain.learning.incremental.cholesky import bordered, downdated, factor, solved, updated, without
 from kxexplain.learning.incremental.features import TangentFeatures, added
 from kxexplain.learning.incremental.held import Batch, Held
 from kxexplain.learning.incremental.rules import Learnt, Rule
 from kxexplain.shapes import Tensors
-
-JUDGED = 600
-"""Rows of the Gram matrix that the damping is chosen on, at most; of a larger one, examples at equal distances."""
 
 
 class ExampleSystem:
@@ -58,7 +55,7 @@ class ExampleSystem:
 
     def solve(self, residual: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
         """A."""
-        return torch.cholesky_solve(residual.flatten()[:, None], self.lower).view_as(residual)
+        return solved(self.lower, residual.flatten()).view_as(residual)
 
 
 class ParameterSystem:
@@ -87,7 +84,7 @@ class ParameterSystem:
 
     def solve(self) -> Float[Tensor, " p"]:
         """δ, less what is frozen."""
-        return torch.cholesky_solve(self.right[:, None], self.lower)[:, 0]
+        return solved(self.lower, self.right)
 
 
 class RidgeRule(Rule):
@@ -99,36 +96,45 @@ class RidgeRule(Rule):
         self.released = 0  # examples in a parameter system that are no longer held
 
     @property
+    def parts(self) -> list[object]:
+        """The objects whose attributes change."""
+        return [self, self.system]
+
+    @property
     def exact(self) -> bool:
         """Whether the examples held are all that was learnt."""
         return self.frozen is None and not self.released
 
     def choose(self, factors: Factors, residual: Float[Tensor, "n c"]) -> float:
         """ρ by leaving one out."""
-        n, c = residual.shape
-        if n * c > JUDGED:
-            rows = torch.linspace(0, n - 1, max(2, JUDGED // c)).long().unique()
-            factors, residual = take(factors, rows), residual[rows]
-        return left_out.chosen(self.features.gram(factors), residual)
+        rows = left_out.some(*residual.shape)
+        return left_out.chosen(self.features.gram(take(factors, rows)), residual[rows])
+
+    def tune(self) -> float:
+        """ρ by leaving one out of the examples held, and the solve with it."""
+        if self.released:
+            raise ArgumentError(
+                f"{self.released} examples of the system are no longer held, so they cannot be left out one by one; "
+                "give a larger remember="
+            )
+        self.damping = self.choose(self.held.factors(), self.held.column("residual"))
+        self._build()
+        return self.damping
 
     def learn(self, batch: Batch, outputs: Float[Tensor, "m c"]) -> None:
         """Solve with these as well."""
-        system, before, held = self.system, self.damping, self.held
-        try:
-            if before is None:
-                factors, residual = batch.factors, batch.residual
-                if len(held):  # a memory, which waited for something to learn
-                    factors = joined_factors([held.factors(), factors])
-                    residual = torch.cat([held.column("residual"), residual])
-                self.damping = self.choose(factors, residual)
-                self._build()
-            rows = (len(held) + len(batch)) * batch.base.shape[1]
-            if isinstance(self.system, ExampleSystem) and rows > self.features.size and self.damping:
-                self.system = self._by_parameters(self.damping)
-            self.system.learn(batch.factors, batch.residual)
-        except ArgumentError:
-            self.system, self.damping = system, before
-            raise
+        held = self.held
+        if self.damping is None:
+            factors, residual = batch.factors, batch.residual
+            if len(held):  # a memory, which waited for something to learn
+                factors = joined_factors([held.factors(), factors])
+                residual = torch.cat([held.column("residual"), residual])
+            self.damping = self.choose(factors, residual)
+            self._build()
+        rows = (len(held) + len(batch)) * batch.base.shape[1]
+        if isinstance(self.system, ExampleSystem) and rows > self.features.size and self.damping:
+            self.system = self._by_parameters(self.damping)
+        self.system.learn(batch.factors, batch.residual)
 
     def _by_parameters(self, rho: float) -> ParameterSystem:
         system = ParameterSystem(self.features, self.held, rho)

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kxexplain.learning.incremental.cholesky import factor
+from kxexplain.errors import ArgumentError
+from kxexplain.learning.incremental.cholesky import factor, solved
 from kxexplain.learning.incremental.features import TangentFeatures, added
 from kxexplain.learning.incremental.held import Batch, Held
 from kxexplain.shapes import Tensors
@@ -44,6 +45,8 @@ class Learnt:
 class Rule(ABC):
     """Finds the coefficients of the examples held, and follows as they come and go.
 
+    Attributes are replaced, never written into, so that the model can go back to what they were if something fails.
+
     Attributes:
         features: the model that stays as it is.
         held: the examples; the model adds to it after :meth:`learn`, and drops from it after the others.
@@ -56,13 +59,18 @@ class Rule(ABC):
         self.frozen: Tensors | None = None
 
     @property
+    def parts(self) -> list[object]:
+        """The objects whose attributes change."""
+        return [self]
+
+    @property
     def exact(self) -> bool:
         """Whether the examples held are all that was learnt, so that the kernel form is complete."""
         return self.frozen is None
 
     @abstractmethod
     def learn(self, batch: Batch, outputs: Float[Tensor, "m c"]) -> None:
-        """Take in some examples, whose outputs are now these; nothing has changed if it raises."""
+        """Take in some examples, whose outputs are now these."""
 
     @abstractmethod
     def forget(self, i: int) -> None:
@@ -87,6 +95,10 @@ class Rule(ABC):
     @abstractmethod
     def rebuild(self) -> None:
         """Begin again from the examples held and δ_0."""
+
+    def tune(self) -> float:
+        """Choose ρ by leaving one out of the examples held, and solve with it."""
+        raise ArgumentError('the damping of rule="gradient" is its memory\'s: nothing is left out; give damping=')
 
     def vector(self) -> Tensors:
         """δ, everything that was learnt."""
@@ -140,16 +152,17 @@ class GradientRule(Rule):
         assert values.grad is not None
         a = -self.rate * values.grad.to(self.features.like)
         self.total = added(self.total, self.features.pull(batch.factors, a))
-        self._own += list(a.split(1))
+        self._own = [*self._own, *a.split(1)]
 
     def forget(self, i: int) -> None:
         """Take an example's part of its step back."""
-        a = self._own.pop(i - self.held.protected)
+        a = self._own[i - self.held.protected]
         self.total = added(self.total, self.features.pull(self.held.rows[i].factors, a), -1.0)
+        self._drop(i - self.held.protected)
 
     def release(self, i: int) -> None:
         """Its part of the step stays in δ_g."""
-        del self._own[i - self.held.protected]
+        self._drop(i - self.held.protected)
         self.released += 1
 
     def coefficients(self) -> Float[Tensor, "n c"]:
@@ -185,12 +198,15 @@ class GradientRule(Rule):
             floor = self.floor(float(gram.trace()))
             self._lower = factor(gram + self.damping * torch.eye(len(gram)).to(gram), floor, f"{self.damping:g}")
 
+    def _drop(self, place: int) -> None:
+        self._own = self._own[:place] + self._own[place + 1 :]
+
     def _memory(self) -> list[Tensor]:
         if self._lower is None:
             return []
         past = self._past()
         rows = self.features.along(past.factors(), self.total)
-        return [-torch.cholesky_solve(rows.flatten()[:, None], self._lower).view_as(rows)]
+        return [-solved(self._lower, rows.flatten()).view_as(rows)]
 
     def _past(self) -> Held:
         past = Held()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kxexplain.learning.incremental.model import IncrementalModel
 
 FORMAT = "kxexplain-incremental-1"
-SETTINGS = ("rule", "damping", "rate", "margin", "remember", "solver")
+SETTINGS = ("rule", "damping", "rate", "margin", "remember", "solver", "parameters")
 
 
 def save(learner: IncrementalModel, path: str | PathLike[str]) -> Path:
@@ -49,8 +49,7 @@ def save(learner: IncrementalModel, path: str | PathLike[str]) -> Path:
             tensors[f"target.{i}"] = row.targets
     rows = learner.held.rows
     facts = {
-        **{name: getattr(learner, name) for name in SETTINGS},
-        "parameters": learner.parameters_taken,
+        **{name: getattr(learner.settings, name) for name in SETTINGS},
         "loss": None if learner.loss is None else resolve(learner.loss)[0],
         "regression": learner.regression,
         "ids": learner.held.ids,
@@ -99,7 +98,7 @@ def load(
         if loss is None and facts["loss"] and not facts["loss"].startswith(OWN):
             loss = facts["loss"]
         settings = {name: facts[name] for name in SETTINGS}
-        learner = cls(model, architecture, loss=loss, parameters=facts["parameters"], **settings, **own)
+        learner = cls(model, architecture, loss=loss, **settings, **own)
         digest = learner.features.digest()
         if digest == facts["digest"]:
             _restore(learner, facts, tensors)
@@ -113,11 +112,11 @@ def load(
 
 
 def _restore(learner: IncrementalModel, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    device = learner.features.like.device
+    tensors = {name: t.to(device) for name, t in tensors.items()}
     rows = [_row(facts, tensors, i) for i in range(len(facts["ids"]))]
-    like = learner.features.like
-    tensors = {name: t.to(like.device) for name, t in tensors.items()}
     for extra, bias in facts["growth"]:
-        features = grown_features(learner.features, extra, bias, rows[0].inputs, learner.parameters_taken)
+        features = grown_features(learner.features, extra, bias, rows[0].inputs, learner.settings.parameters)
         learner.start(features)
         learner.growth.append((extra, bias))
         learner.origin = facts["digest"]
