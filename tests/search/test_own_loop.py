@@ -235,9 +235,11 @@ def test_models_that_take_passes_of_their_own_are_replayed(tmp_path: Path) -> No
     _, data = setting()
     model = Strange()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match="per-example gradients of weight take passes of their own"):
-        with kx.record(model, sgd, "cross_entropy", data, out=tmp_path, features=64) as recorder:
-            loader(recorder, model, sgd, data)
+    with (
+        pytest.warns(UserWarning, match="per-example gradients of weight take passes of their own"),
+        kx.record(model, sgd, "cross_entropy", data, out=tmp_path, features=64) as recorder,
+    ):
+        loader(recorder, model, sgd, data)
     close(tmp_path, (recorder.trajectory, model, data), 64, None)
 
 
