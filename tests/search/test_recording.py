@@ -72,7 +72,9 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", MOMENTS)
+@pytest.mark.parametrize(
+    "name", [n if n in ("nesterov", "adam") else pytest.param(n, marks=pytest.mark.slow) for n in MOMENTS]
+)
 def test_under_optimisers_that_remember(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """24 steps, segments of four; a step waits for nine others: what it leaves of a gradient at 0.1 is then 1e-9."""
     handed: list[int] = []
