@@ -178,7 +178,8 @@ class Stretches:
         record, own = self.trajectory.steps[replayer.position], self._own(replayer)
         held = {name: dict(replayer.optimizer.state.get(p, {})) for name, p in own.items()}
         watch = watch_of(replayer, self.layout, dict(own), jacobian=self.jacobian)
-        replayed = replayer.advance(watch)
+        concerned = self.wanted is None or bool(self.wanted[record.indices].any())
+        replayed = replayer.advance(watch if concerned else None)
         found = replayed.gradients
         taken, sign = watch.accounted(found), record.sign * record.clip
         penalty = {name: sign * extra for name, extra in replayed.penalty.items()}
@@ -207,7 +208,8 @@ class Stretches:
         for name, stray in rest.items():  # found was replaced by what the shares add up to
             stray = recursions[name].sign * sign * (stray + taken[name] - found[name])
             strays[name] = strays[name] + stray if name in strays else stray
-        share, indices, pull = share_of(self.trajectory, record), torch.as_tensor(record.indices), watch.pull
+        share, indices = share_of(self.trajectory, record), torch.as_tensor(record.indices)
+        pull = watch.pull if concerned else replayed.outputs.new_zeros(len(indices), 1)
         factors = without(watch.factors, masks)
         jacobian = None if watch.jacobian is None else scale(without(watch.jacobian, masks), dict.fromkeys(own, share))
         if self.wanted is not None:

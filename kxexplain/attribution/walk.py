@@ -181,7 +181,9 @@ class Walk:
         stride: steps per segment; the recorded states if ``None``.
         budget: bytes that buffered updates may take.
         jacobian: also collect output gradients (for C × C kernels).
-        examples: only these dataset indices are collected, all if ``None``.
+        examples: only these dataset indices are collected, all if ``None``. Steps without one of them are replayed
+            without a look, or not at all where a recorded state lies behind them, and nothing else is accounted for:
+            ``close`` is not called.
         tick: called after every step.
     """
 
@@ -215,30 +217,48 @@ class Walk:
     def visit(self, visitor: Visitor, segments: range | None = None) -> None:
         """Replay the trajectory, or consecutive segments of it whose first begins at a recorded state."""
         segments = range(len(self.bounds) - 1) if segments is None else segments
-        if len(segments) and self.replayer.position != self.bounds[segments.start]:
-            self.replayer.seek(self.bounds[segments.start])
         for number in segments:
             first, last = self.bounds[number : number + 2]
-            segment = Segment(number, first, last, self.replayer.copy_state(), self._end_finder(last))
-            movement = Movement()
-            for _ in range(first, last):
-                self._step(segment, movement, visitor)
-            segment._end = segment._end or self.replayer.copy_state()
-            self._flush(segment, visitor)
-            visitor.close(segment, movement)
+            steps = range(first, last) if self.wanted is None else self._concerned(first, last)
+            if len(steps):
+                self._go_to(first)
+                segment = Segment(number, first, last, self.replayer.copy_state(), self._end_finder(last))
+                movement = Movement()
+                while self.replayer.position <= steps[-1]:
+                    self._step(segment, movement, visitor)
+                if self.replayer.position == last:
+                    segment._end = segment._end or self.replayer.copy_state()
+                self._flush(segment, visitor)
+                if self.wanted is None:
+                    visitor.close(segment, movement)
+            for _ in range(last - (steps[-1] + 1 if len(steps) else first)):
+                self.tick()
+
+    def _concerned(self, first: int, last: int) -> list[int]:
+        """The steps in which an example that is asked for took part."""
+        assert self.wanted is not None
+        return [t for t in range(first, last) if bool(self.wanted[self.trajectory.steps[t].indices].any())]
+
+    def _go_to(self, step: int) -> None:
+        """Come to the start of a segment, from where the replay is or from a recorded state."""
+        state = max(s for s in self.recorded if s <= step)
+        if not state <= self.replayer.position <= step:
+            self.replayer.seek(state)
+        while self.replayer.position < step:
+            self.replayer.advance()
 
     def _step(self, segment: Segment, movement: Movement, visitor: Visitor) -> None:
         step = self.replayer.position
-        parts = self._split(step)
-        if parts is None:
+        parts, record = self._split(step), self.trajectory.steps[step]
+        if parts is None or (self.wanted is not None and not bool(self.wanted[record.indices].any())):
             self.replayer.advance()
         else:
-            record = self.trajectory.steps[step]
-            decaying = any(parts.decay.values())
+            decaying = self.wanted is None and any(parts.decay.values())
             before = self.replayer.copy_state() if decaying else {}
             watch = watch_of(self.replayer, self.layout, self.parameters, jacobian=self.jacobian)
             taken = self.replayer.advance(watch)
-            movement.add(parts, watch.accounted(taken.gradients), before, taken.penalty)
+            if self.wanted is None:
+                movement.add(parts, watch.accounted(taken.gradients), before, taken.penalty)
             self._keep(watch, record, parts, segment, visitor)
         self.tick()
 

@@ -90,8 +90,8 @@ class Projection:
         return self.block(self.block_of(segment))
 
     def block_of(self, segment: int) -> int:
-        """The block that holds a segment's coordinates."""
-        return segment * self.blocks // self.segments
+        """The block that holds a segment's coordinates; the last one, for segments beyond those expected."""
+        return min(segment, self.segments - 1) * self.blocks // self.segments
 
     def block(self, number: int) -> slice:
         """The coordinates of one block."""

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from kxexplain.errors import ArgumentError, TrainingError
+from kxexplain.gradients.ordinary import StepGradients
 from kxexplain.learning.interrupts import interrupts
 from kxexplain.learning.progress import Progress
 from kxexplain.learning.resume import restored
@@ -174,10 +175,12 @@ class Run:
         if watch is not None:
             watch.collect(descent.edges)
         assign(self.parameters, self.clipping.applied(found, self.sign * self.clip))
-        self.optimizer.step()
-        if watch is not None and self.features is not None:
-            rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-            self.features.take(watch, self.recorder.position, indices, rates, self.sign * self.clip)
+        if watch is None or self.features is None:
+            self.optimizer.step()
+        else:
+            self.features.before()
+            self.optimizer.step()
+            self._collect(watch, indices, descent.examples)
         return value
 
     def _descend(self, inputs: Inputs, targets: Tensor) -> float:
@@ -197,6 +200,17 @@ class Run:
                 f"{self.recorder.kept}. Lower the learning rate, or check the data"
             )
         return value
+
+    def _collect(self, watch: StepGradients, indices: Tensor, gradients: list[Tensor | None]) -> None:
+        """Hand the examples' shares of the step just made to the features."""
+        assert self.features is not None
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        named = {
+            self.features.names[id(p)]: g for p, g in zip(self.parameters, gradients, strict=True) if g is not None
+        }
+        self.features.take(
+            self.recorder.position, indices, watch.factors, named, rates=rates, factor=self.sign * self.clip
+        )
 
     def _end_epoch(self) -> None:
         if isinstance(self.scheduler, ReduceLROnPlateau):

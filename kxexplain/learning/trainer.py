@@ -19,7 +19,7 @@ from kxexplain.learning.run import Run
 from kxexplain.learning.scheduler import GradientSchedule
 from kxexplain.learning.schedules import Schedule
 from kxexplain.learning.unrecorded import Unrecorded
-from kxexplain.search.recording import FeatureRecorder
+from kxexplain.search.recording import FeatureRecorder, borders_of
 from kxexplain.trajectory import LossFunction, Recorder, Trajectory
 from kxexplain.trajectory import keep as keeping
 from kxexplain.trajectory.clipping import Clipping
@@ -84,8 +84,10 @@ def train(
             clamp is no sum over the examples: their shares are those of the gradient as it was before, and what the
             clamp took away from it is the bill's line "unattributed".
         features: collect gradient features of so many dimensions while training, so that the retrieval index needs no
-            pass of its own: it is written to ``out``/index, for ``kx.GradientIndex.load``. For SGD without momentum;
-            of other optimisers ``GradientIndex.build`` makes an index afterwards. Not with a budget of bytes.
+            pass of its own: it is written to ``out``/index, for ``kx.GradientIndex.load``. Under momentum and Adam a
+            step's gradients wait until nothing is left of them in the moment (some 200 steps at 0.9, in memory); where
+            those take more than 1 GB the index is made by a replay instead, and a warning says so. Not with a budget
+            of bytes.
         resume: go on from the last state in ``out``, to the result of an uninterrupted run; start
             if there is none, and return a finished run as it is.
         overwrite: replace a trajectory that ``out`` holds.
@@ -120,21 +122,25 @@ def train(
         )
         run = Run(model, plan.optimizer, scheduler, recorder, loss=resolve(loss)[1], schedule=plan.schedule)
         if features is not None:
-            run.features = FeatureRecorder(model, plan.manifest, policy, dataset, features, run.batches)
+            borders = borders_of(policy, epochs * run.batches, run.batches)
+            run.features = FeatureRecorder(
+                model, plan.optimizer, plan.manifest, policy, dataset, features, borders=borders
+            )  # fmt: skip
         if resume and is_trajectory(path):
             old = Trajectory.open(path, loss if callable(loss) else None)
             old.check_model(model)
             check_same(old.manifest, plan.manifest, stepped=not (scheduler is None and schedule is None))
             if run.restore(old):
+                finished = Trajectory.open(path, loss if callable(loss) else None, own)
                 if run.features is not None:
-                    run.features.complete(recorder.path, loss, own)
-                return Trajectory.open(path, loss if callable(loss) else None, own)
+                    run.features.complete(finished, progress=progress)
+                return finished
         else:
             check_free(path, overwrite=overwrite)
             rehearse(model, plan.manifest, dataset, run.sizes(), run.loss, own)
         run.train(progress=progress)
         if run.features is not None:
-            run.features.complete(recorder.path, loss, own)
+            run.features.complete(recorder.trajectory, progress=progress)
     return recorder.trajectory
 
 

@@ -350,8 +350,12 @@ class GradientIndex:
         wanted = set() if manifest["factory"] == FLAT or not len(sketches) else set(files.FAISS_FILES)
         if set(blobs) != wanted:
             raise IndexFileError(f"{path} has the FAISS files {sorted(blobs)}, expected {sorted(wanted)}")
-        projection = projection_for(trajectory, manifest["dim"], seed=manifest["seed"])
-        if (projection.segments, projection.blocks) != (manifest["segments"], manifest["blocks"]):
+        if manifest["segments"] < 1:
+            raise IndexFileError(f"{path} has {manifest['segments']} segments; build it again")
+        projection = projection_for(
+            trajectory, manifest["dim"], seed=manifest["seed"], segments=manifest["segments"]
+        )  # fmt: skip
+        if projection.blocks != manifest["blocks"]:
             raise IndexFileError(f"{path} has other segments than {trajectory.path}; build it again")
         check_factory(manifest["factory"], projection.dim)
         index = cls(trajectory, model, dataset, projection, sketches, manifest["factory"], blobs)

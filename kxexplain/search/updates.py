@@ -39,15 +39,17 @@ Sink = Callable[[int, Blocks], None]
 """Takes the number of a part and its features."""
 
 
-def projection_for(trajectory: Trajectory, dim: int, *, seed: int = 0) -> Projection:
+def projection_for(trajectory: Trajectory, dim: int, *, seed: int = 0, segments: int | None = None) -> Projection:
     """The projection of a trajectory's trained parameters, one segment between every two recorded states.
+
+    ``segments`` says for how many the coordinates are cut up, if for another number than there are.
 
     Raises:
         ArgumentError: a dimension below 16, or a trajectory without steps.
     """
     moving = set(moving_names(trajectory, *(trajectory.state(trajectory.states[i].step) for i in (0, -1))))
     shapes = {t.name: t.shape for t in trajectory.manifest.model.parameters if t.name in moving}
-    return Projection(shapes, len(bounds(trajectory, None)) - 1, dim, seed=seed)
+    return Projection(shapes, segments or len(bounds(trajectory, None)) - 1, dim, seed=seed)
 
 
 def parts_of(segments: int) -> list[range]:
@@ -157,7 +159,7 @@ def update_features(
     check_optimizer(trajectory)
     count = trajectory.manifest.dataset.count
     visitor = UpdateFeatures(projection, torch.arange(count) if ids is None else ids, count)
-    parts = parts_of(projection.segments)
+    parts = parts_of(len(bounds(trajectory, None)) - 1)
     chosen = range(len(parts)) if wanted is None else sorted(wanted)
     features = torch.zeros(visitor.count, projection.dim) if sink is None else None
 
@@ -187,7 +189,7 @@ def _backward(
     sink: Sink, *, ids: Tensor | None, tick: Callable[[], None],
 ) -> None:  # fmt: skip
     """From the last step to the first of the first part, since later steps tell what a gradient still moves."""
-    first = min((segments.start for segments in parts.values()), default=visitor.projection.segments)
+    first = min((segments.start for segments in parts.values()), default=0)
     part = {s: number for number, segments in parts.items() for s in segments}
     with Replayer(trajectory, model, dataset) as replayer:
         walk = Stretches(replayer, [], set(), BUDGET, examples=ids, tick=tick)

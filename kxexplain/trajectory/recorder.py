@@ -18,6 +18,7 @@ from kxexplain.shapes import Inputs
 from kxexplain.trajectory import keep as keeping
 from kxexplain.trajectory import rng
 from kxexplain.trajectory.batches import fetch
+from kxexplain.trajectory.beside import Beside
 from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.deferral import Deferral
 from kxexplain.trajectory.describe import check_budget, describe
@@ -51,6 +52,8 @@ def record(
     seed: int | None = None,
     clip_value: float | None = None,
     objective: Objective | None = None,
+    features: int | None = None,
+    segments: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
 ) -> Recorder:
@@ -70,6 +73,11 @@ def record(
     A dataset that augments at random must draw from torch's global generator, and its batches must come from
     ``recorder.fetch(indices)``, so that replay draws the same; ``TrainingError`` before the first step if they do not.
     ``keep`` says which states to keep: "step", "epoch", a number of steps, or a size like "200MB".
+    ``features`` collects gradient features of so many dimensions from the loop's own forward and backward passes, for
+    the retrieval index in ``out``/index, as :func:`kxexplain.train` does; ``segments``, the number of states to come
+    after the first (of epochs, with ``keep="epoch"``), divides their coordinates better from 512 dimensions on. They
+    take a loop whose gradients are sums over the examples of ``recorder.step(indices)``, in their order and as the
+    dataset has them, which is checked; for any other a replay makes the index in the end, and a warning says why.
     ``seed`` is only noted. With ``resume`` a run that was interrupted goes on: model, optimiser and random generators
     are set to its last state, and the loop continues with batch number ``recorder.position``; where ``out`` holds no
     run yet, one begins. A learning-rate scheduler of the loop's own is not recorded, and the loop must restore it
@@ -103,6 +111,10 @@ def record(
     )  # fmt: skip
     check_budget(policy, model)
     recorder = Recorder(model, optimizer, manifest, policy, path=path, loss=loss, dataset=dataset, overwrite=overwrite)
+    if features is not None:
+        from kxexplain.search.own_loop import LoopFeatures
+
+        recorder.beside = LoopFeatures.of(model, optimizer, manifest, policy, dataset, dim=features, segments=segments)
     if resume and is_trajectory(path):
         old = Trajectory.open(path, loss if callable(loss) else None)
         old.check_model(model)
@@ -140,6 +152,8 @@ class Recorder:
         self.manifest = manifest
         self.extra: Callable[[], dict[str, Any]] = dict
         """Gives JSON-able values to store in every state; the trainer keeps its scheduler there."""
+        self.beside: Beside | None = None
+        """Looks on while the loop trains."""
         self._model = model
         self._optimizer = optimizer
         self._keep = keep
@@ -206,6 +220,8 @@ class Recorder:
         else:
             self._writer = self._reopen(self._resumed, observer)
         self._stack.enter_context(observer.attached())
+        if self.beside is not None:
+            self._stack.enter_context(self.beside.attached())
         if self._resumed is None:
             self._save(kept=True)
 
@@ -215,6 +231,8 @@ class Recorder:
             self._end(error)
         finally:
             self._deferral.end()
+        if kind is None and self.beside is not None:
+            self.beside.complete(self.trajectory)
 
     def _end(self, error: BaseException | None) -> None:
         observer, writer = _entered(self._observer), _entered(self._writer)
@@ -302,6 +320,8 @@ class Recorder:
         row = Row(observer.step, number, observer.rates, batch, value, observer.norm, sign, clip)
         modes = observer.new_modes()
         writer.append(row, rng=observer.logged(), modes=modes)
+        if self.beside is not None:
+            self.beside.logged(row.step, batch, row.rates, sign * clip)
         if self._keep.wants(observer.step, epoch_ended=ended):
             self._save(kept=True)
             self._thin()
@@ -323,6 +343,8 @@ class Recorder:
         settled = owned(self._capture())
         writer.put_state(observer.step, lambda: encode(settled), kept=kept)
         observer.saved()
+        if self.beside is not None:
+            self.beside.saved(observer.step)
 
     def _capture(self) -> State:
         """The present state; ``TrainingError`` if it is not finite."""

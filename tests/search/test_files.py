@@ -103,7 +103,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "faiss not listed": (_edit(lambda m: m["files"].pop("nearest.faiss")), "FAISS files"),
     "other trajectory": (_edit(lambda m: m.update(trajectory="0" * 64)), "another trajectory"),
     "other dataset": (_edit(lambda m: m["dataset"].update(seed=3)), "another dataset"),
-    "other segments": (_edit(lambda m: m.update(segments=4)), "other segments"),
+    "no segments": (_edit(lambda m: m.update(segments=0)), "0 segments"),
     "other blocks": (_edit(lambda m: m.update(blocks=2)), "expected torch.float32"),
     "no blocks": (_edit(lambda m: m.update(blocks=0)), "0 blocks"),
     "unknown dtype": (_edit(lambda m: m.update(dtype="int8")), "int8"),

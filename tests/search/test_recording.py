@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import kxexplain as kx
 from kxexplain.errors import ArgumentError
-from kxexplain.search import GradientIndex
+from kxexplain.search import GradientIndex, delayed
 
 
 def setting(dropout: float = 0.3) -> tuple[nn.Module, TensorDataset, torch.optim.Optimizer]:
@@ -62,6 +62,55 @@ def test_under_schedules_and_objectives(options: dict[str, Any], tmp_path: Path)
     torch.testing.assert_close(loaded.features, GradientIndex.build(*parts, dim=200).features, rtol=1e-3, atol=1e-6)
 
 
+MOMENTS = {
+    "momentum": lambda g: torch.optim.SGD(g, lr=0.1, momentum=0.1, weight_decay=0.01),
+    "nesterov": lambda g: torch.optim.SGD(g, lr=0.1, momentum=0.1, nesterov=True),
+    "adam": lambda g: torch.optim.Adam(g, lr=0.01, betas=(0.1, 0.9)),
+    "amsgrad": lambda g: torch.optim.AdamW(g, lr=0.01, betas=(0.1, 0.9), amsgrad=True),
+    "rmsprop": lambda g: torch.optim.RMSprop(g, lr=0.01, momentum=0.1, centered=True),
+    "adagrad": lambda g: torch.optim.Adagrad(g, lr=0.1),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("nesterov", "adam") else pytest.param(n, marks=pytest.mark.slow) for n in MOMENTS]
+)
+def test_under_optimisers_that_remember(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 steps, segments of four; a step waits for nine others: what it leaves of a gradient at 0.1 is then 1e-9."""
+    handed: list[int] = []
+    hand_on = delayed.Delayed._hand_on
+    monkeypatch.setattr(
+        delayed.Delayed, "_hand_on", lambda self, count: (handed.append(count), hand_on(self, count))
+    )  # fmt: skip
+    model, data, _ = setting()
+    optimizer = MOMENTS[name](
+        [{"params": model[0].parameters(), "lr": 0.02}, {"params": [*model[1].parameters(), *model[4].parameters()]}]
+    )
+    build = GradientIndex.build
+    monkeypatch.setattr(GradientIndex, "build", None)  # a second pass would fail
+    trajectory = kx.train(
+        model, data, optimizer=optimizer, epochs=4, batch_size=4, keep=4, clip_norm=1.0, features=600, out=tmp_path,
+        progress=False,
+    )  # fmt: skip
+    loaded = GradientIndex.load(tmp_path / "index", trajectory, model, data)
+    built = build(trajectory, model, data, dim=600)
+    assert handed == ([1] * 24 + [0] if name == "adagrad" else [10, 14])
+    largest = float(built.features.abs().max())
+    torch.testing.assert_close(loaded.features, built.features, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_steps_that_take_too_much_memory_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delayed, "HELD", 10**5)
+    model, data, _ = setting()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.warns(UserWarning, match=r"198 steps of SGD have to be held.* by a replay"):
+        trajectory = kx.train(
+            model, data, optimizer=sgd, epochs=2, batch_size=4, features=64, out=tmp_path, progress=False
+        )
+    loaded = GradientIndex.load(tmp_path / "index", trajectory, model, data)
+    torch.testing.assert_close(loaded.features, GradientIndex.build(trajectory, model, data, dim=64).features)
+
+
 def test_a_resumed_run_is_completed_by_replay(tmp_path: Path) -> None:
     trained(tmp_path, epochs=2)
     parts = trained(tmp_path, features=64, resume=True)
@@ -74,7 +123,7 @@ def test_a_resumed_run_is_completed_by_replay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"momentum": 0.9}, "SGD with momentum go on moving"),
+        ({"optimizer": torch.optim.Rprop}, "Rprop are not divided"),
         ({"keep": "1MB"}, "thinned out"),
         ({"dim": 3}, "dim=3"),
         ({"objective": kx.Objective(input_penalty=0.1)}, "input penalty"),
@@ -83,7 +132,7 @@ def test_a_resumed_run_is_completed_by_replay(tmp_path: Path) -> None:
 )
 def test_refused_before_training(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     model, data, _ = setting()
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=options.get("momentum", 0.0))
+    sgd = options.get("optimizer", torch.optim.SGD)(model.parameters(), lr=0.1)
     with pytest.raises(ArgumentError, match=message):
         kx.train(
             model, data, optimizer=sgd, epochs=1, out=tmp_path / "run", keep=options.get("keep", "epoch"),

@@ -67,7 +67,7 @@ def test_flipped_labels_come_first(tmp_path: Path) -> None:
     wrong = torch.zeros(600, dtype=torch.bool)
     wrong[flipped] = True
     above = (scores[wrong][:, None] > scores[~wrong]).float().mean()  # the area under the curve
-    assert above >= 0.95
+    assert above >= 0.97
 
 
 def test_checkpoints_have_no_steps(tmp_path: Path) -> None:

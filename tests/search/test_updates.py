@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 import kxexplain as kx
+from kxexplain.attribution.decompose import contributions_of
 from kxexplain.attribution.queries import Ends, QuerySide
+from kxexplain.attribution.walk import Walk
 from kxexplain.errors import ArgumentError
 from kxexplain.gradients import Factors
 from kxexplain.gradients.projection import Projection
 from kxexplain.kernels import quadrature
 from kxexplain.search import GradientIndex, carried
 from kxexplain.search.features import query_features, recorded_segments
-from kxexplain.search.updates import projection_for, update_features
+from kxexplain.search.updates import UpdateFeatures, projection_for, update_features
+from kxexplain.trajectory import Replayer
 from tests.attribution.test_optimizers import OPTIMIZERS, carried_forward
 from tests.cases import CASES, Problem
 from tests.runs import order, run
@@ -94,6 +97,28 @@ def test_reranked_under_momentum_and_adam(name: str, tmp_path: Path) -> None:
     found = GradientIndex.build(*parts, dim=64).search(problem.queries, 3, 0, rerank=4)
     torch.testing.assert_close(found.proponents.contributions, bill.contributions.gather(1, found.proponents.ids))
     torch.testing.assert_close(found.opponents.contributions, bill.contributions.gather(1, found.opponents.ids))
+
+
+@pytest.mark.parametrize("name", ["sgd-decay", "adam"])
+@pytest.mark.parametrize("keep", [1, 3, 100])
+def test_contributions_of_some_are_those_of_the_bill(name: str, keep: int, tmp_path: Path) -> None:
+    """Steps without them are not looked at, segments without them skipped."""
+    problem = CASES["mlp-relu"].build(torch.float64)
+    make = {"sgd-decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.01), "adam": torch.optim.Adam}[name]
+    trajectory = run(problem, tmp_path, optimizer=make(problem.model.parameters()), batches=order(epochs=3), keep=keep)
+    parts = (trajectory, problem.model, problem.data)
+    bill = kx.explain(*parts, problem.queries, 0, kernel=False).contributions
+    ids = torch.tensor([5, 2])
+    torch.testing.assert_close(contributions_of(*parts, problem.queries, 0, ids), bill[:, ids])
+    with Replayer(*parts) as replayer:
+        walk, redone = Walk(replayer, examples=ids), []
+        advance = replayer.advance
+        replayer.advance = lambda *a: (redone.append(replayer.position), advance(*a))[1]  # type: ignore[method-assign]
+        if name == "sgd-decay":
+            walk.visit(UpdateFeatures(projection_for(trajectory, 16), ids, len(problem.data)))
+            wanted = {t for t, step in enumerate(trajectory.steps) if set(step.indices) & {5, 2}}
+            assert wanted <= set(redone)
+            assert keep > 1 or set(redone) == wanted
 
 
 def test_an_optimiser_nobody_can_divide_is_told(tmp_path: Path) -> None:
