@@ -1,13 +1,16 @@
-"""Rows of numbers, as scikit-learn passes them, as inputs of a model."""
+"""Rows of numbers, as scikit-learn passes and checks them, as inputs of a model."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import validate_data
 from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError, DatasetError
@@ -42,3 +45,34 @@ def check_shape(shape: Any) -> None:
         isinstance(shape, (tuple, list)) and shape and all(isinstance(n, int) and n > 0 for n in shape)
     ):
         raise ArgumentError(f"got shape={shape!r}; expected the shape of one input such as (1, 28, 28), or None")
+
+
+def validated(estimator: BaseEstimator, *given: Any, reset: bool) -> Any:
+    """Rows (and targets) as scikit-learn checks them; float32 stays, all else becomes float64.
+
+    Raises:
+        DatasetError: scikit-learn's ``ValueError``, in its words: NaN, too few rows, another number of features.
+
+    >>> validated(BaseEstimator(), [[1, 2]], reset=True)
+    array([[1., 2.]])
+    """
+    try:
+        return validate_data(estimator, *given, reset=reset, dtype=[np.float64, np.float32], order="C")
+    except ValueError as error:
+        raise DatasetError(str(error)) from error
+
+
+def digest(tensors: Iterable[Tensor]) -> bytes:
+    """A fingerprint of values, shapes and dtypes, in order.
+
+    >>> digest([torch.zeros(2)]) == digest([torch.zeros(2)]), digest([torch.zeros(2)]) == digest([torch.zeros(1, 2)])
+    (True, False)
+    """
+    made = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        made.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes())
+    return made.digest()
+
+
+__all__ = ["check_shape", "digest", "rows_for", "validated"]

@@ -16,12 +16,13 @@ import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from kxexplain.attribution import Explanation, explain
 from kxexplain.errors import ArgumentError, DatasetError, ModelError
+from kxexplain.learning.arrays import validated
 from kxexplain.learning.trainer import train
 from kxexplain.trajectory import Trajectory
 
@@ -110,13 +111,9 @@ class _PathKernelEstimator(BaseEstimator):
             layers += [nn.Linear(before, after), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 
-    def _checked(self, X: Rows, y: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Training data as scikit-learn wants it checked; float32 stays, all else becomes float64."""
-        return validate_data(self, X, y, dtype=[np.float64, np.float32], order="C")  # type: ignore[no-any-return]
-
     def _inputs(self, X: Rows) -> Tensor:
         check_is_fitted(self)
-        rows = validate_data(self, X, dtype=[np.float64, np.float32], order="C", reset=False)
+        rows = validated(self, X, reset=False)
         return torch.from_numpy(((rows - self.shift_) / self.spread_).astype(self.spread_.dtype, copy=False))
 
     def _kernel_sum(self, X: Rows) -> np.ndarray:
@@ -191,7 +188,7 @@ class PathKernelClassifier(ClassifierMixin, _PathKernelEstimator):
 
     def fit(self, X: Rows, y: Any) -> PathKernelClassifier:
         """Train on inputs [n, d] and labels [n]."""
-        X, y = self._checked(X, y)
+        X, y = validated(self, X, y, reset=True)
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
@@ -239,7 +236,7 @@ class PathKernelRegressor(RegressorMixin, _PathKernelEstimator):
 
     def fit(self, X: Rows, y: Any) -> PathKernelRegressor:
         """Train on inputs [n, d] and targets [n]."""
-        X, y = self._checked(X, y)
+        X, y = validated(self, X, y, reset=True)
         y = np.asarray(y, dtype=X.dtype)
         self.target_shift_, self.target_spread_ = float(y.mean()), float(y.std()) or 1.0
         targets = torch.from_numpy(((y - self.target_shift_) / self.target_spread_).astype(X.dtype))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError, DatasetError, TrainingError, TrajectoryError
 from kxexplain.kernels.budget import parse_bytes, progress_bar
+from kxexplain.learning.arrays import digest
 from kxexplain.learning.machine_file import Progressed, load_progress, save_progress
 from kxexplain.learning.run import NO_EPOCH, permutation
 from kxexplain.learning.spaces import FeatureSpace, KernelSpace, Space
@@ -269,8 +270,20 @@ class KernelMachine:
         return {
             "examples": fingerprint(train).ordered, "loss": self.loss_name, "batch_size": self.batch_size,
             "directions": self.directions, "subsample": self.subsample, "rate": self.rate, "seed": self.seed,
-            "kernel": self._kind(),
+            "kernel": self._kind(), "weights": self._weights(),
         }  # fmt: skip
+
+    def _weights(self) -> str:
+        """What the kernel's values depend on, as far as it can be seen: of a function nothing can."""
+        if isinstance(self.kernel, nn.Module):
+            return _short(self.kernel)
+        chosen = self.kernel.get_params(deep=False) if hasattr(self.kernel, "get_params") else {}
+        return ", ".join(f"{k}={_short(v) if isinstance(v, nn.Module) else repr(v)}" for k, v in chosen.items())
+
+
+def _short(network: nn.Module) -> str:
+    """A fingerprint of a network's parameters and buffers."""
+    return digest(network.state_dict().values()).hex()[:12]
 
 
 def _columns(loss: str, targets: Tensor) -> int:

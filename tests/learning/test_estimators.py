@@ -1,4 +1,4 @@
-"""The estimators: held to scikit-learn's own checks, and to the network they stand for."""
+"""The estimators, held to the network they stand for; scikit-learn's own checks are in test_check_estimator.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
-from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 import kxexplain as kx
@@ -20,12 +19,6 @@ from kxexplain.learning.estimators import PathKernelClassifier, PathKernelRegres
 from tests.laws import assert_complete
 
 QUICK: dict[str, Any] = {"hidden": (8,), "epochs": 10, "learning_rate": 0.3, "batch_size": 16}
-
-
-@pytest.mark.slow
-@parametrize_with_checks([PathKernelClassifier(**QUICK), PathKernelRegressor(**{**QUICK, "learning_rate": 0.1})])
-def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
-    check(estimator)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
