@@ -1,4 +1,4 @@
-"""Rows of numbers, as scikit-learn passes and checks them, as inputs of a model."""
+"""Rows of numbers, as scikit-learn passes them, and datasets, as inputs of a model."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
-from sklearn.utils.validation import validate_data
 from torch import Tensor, nn
 
-from kxexplain.errors import ArgumentError, DatasetError
+from kxexplain.errors import ArgumentError, DatasetError, ModelError
+from kxexplain.shapes import Examples, Inputs
+from kxexplain.trajectory import fetch
 
 
 def rows_for(model: nn.Module, rows: Any, shape: Sequence[int] | None = None) -> Tensor:
     """An array [n, d], or a tensor, in the model's dtype, on its device, each row in the given shape.
 
     Raises:
+        ModelError: no model.
         DatasetError: no array of numbers with at least one row, or rows that do not fit the shape.
 
     >>> rows_for(nn.Conv2d(1, 1, 2), np.zeros((3, 4)), shape=(1, 2, 2)).shape
     torch.Size([3, 1, 2, 2])
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"got {type(model).__name__} as the model; expected a torch.nn.Module")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
         values = rows if isinstance(rows, Tensor) else torch.from_numpy(np.require(rows, requirements=["C", "W"]))
@@ -47,19 +50,19 @@ def check_shape(shape: Any) -> None:
         raise ArgumentError(f"got shape={shape!r}; expected the shape of one input such as (1, 28, 28), or None")
 
 
-def validated(estimator: BaseEstimator, *given: Any, reset: bool) -> Any:
-    """Rows (and targets) as scikit-learn checks them; float32 stays, all else becomes float64.
+def whole(dataset: Examples, name: str, device: torch.device | None) -> tuple[Inputs, Tensor]:
+    """All inputs and targets of a dataset, the random state left as it was.
 
     Raises:
-        DatasetError: scikit-learn's ``ValueError``, in its words: NaN, too few rows, another number of features.
+        DatasetError: it is empty or has no length; ``name`` says which one.
 
-    >>> validated(BaseEstimator(), [[1, 2]], reset=True)
-    array([[1., 2.]])
+    >>> whole(torch.utils.data.TensorDataset(torch.ones(1, 2), torch.ones(1)), "training", None)
+    (tensor([[1., 1.]]), tensor([1.]))
     """
-    try:
-        return validate_data(estimator, *given, reset=reset, dtype=[np.float64, np.float32], order="C")
-    except ValueError as error:
-        raise DatasetError(str(error)) from error
+    if not hasattr(dataset, "__len__") or len(dataset) == 0:
+        raise DatasetError(f"the {name} set is empty or has no length; give at least one example")
+    with torch.random.fork_rng(devices=[]):
+        return fetch(dataset, range(len(dataset)), device)
 
 
 def digest(tensors: Iterable[Tensor]) -> bytes:
@@ -75,4 +78,4 @@ def digest(tensors: Iterable[Tensor]) -> bytes:
     return made.digest()
 
 
-__all__ = ["check_shape", "digest", "rows_for", "validated"]
+__all__ = ["check_shape", "digest", "rows_for", "whole"]

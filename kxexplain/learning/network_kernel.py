@@ -117,7 +117,7 @@ class NetworkKernel(Kernel):
             raise ArgumentError(
                 'got outputs="full"; scikit-learn needs one number a pair: "trace" or an output\'s number'
             )
-        if isinstance(self.scale, bool) or not 0 < self.scale < float("inf"):
+        if not isinstance(self.scale, (int, float)) or not 0 < self.scale < float("inf"):
             raise ArgumentError(f"got scale={self.scale!r}; expected a positive number")
         check_shape(self.shape)
 

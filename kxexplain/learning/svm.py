@@ -22,6 +22,7 @@ from kxexplain.kernels.budget import progress_bar
 from kxexplain.kernels.path import path_kernel
 from kxexplain.kernels.tangent import tangent_kernel
 from kxexplain.learning.alphas import AlphaVariation, alpha_variation
+from kxexplain.learning.arrays import whole
 from kxexplain.learning.comparison import Comparison, KernelRow, correlation, overlap
 from kxexplain.learning.labels import class_numbers, predicted_classes
 from kxexplain.learning.measures import alignment, effective_rank
@@ -152,8 +153,8 @@ class _Study:
         """Check everything, evaluate the network, choose the examples."""
         Trajectory.required(trajectory).check_model(model)
         device = next(model.parameters()).device
-        x_test, raw_test = _whole(test, "test", device)
-        _, raw_train = _whole(train, "training", device)
+        x_test, raw_test = whole(test, "test", device)
+        _, raw_train = whole(train, "training", device)
         trajectory.check_dataset(train)
         private = private_copy(model).eval()
         load_model(trajectory.state(trajectory.states[-1].step), private)
@@ -246,13 +247,6 @@ def _pairs(outputs: Tensor, classes: Tensor) -> Tensor:
         return -outputs
     first, second = torch.combinations(classes, 2).T
     return outputs[:, first] - outputs[:, second]
-
-
-def _whole(dataset: Examples, name: str, device: torch.device) -> tuple[Inputs, Tensor]:
-    if not hasattr(dataset, "__len__") or len(dataset) == 0:
-        raise DatasetError(f"the {name} set is empty or has no length; give at least one example")
-    with torch.random.fork_rng(devices=[]):
-        return fetch(dataset, range(len(dataset)), device)
 
 
 def _slices(n: int, size: int = 1024) -> list[slice]:

@@ -18,7 +18,8 @@ from kxexplain.gradients.ordinary import trainable
 from kxexplain.gradients.projection import Projection
 from kxexplain.kernels.blocks import spans
 from kxexplain.kernels.tangent import TangentKernel
-from kxexplain.learning.arrays import check_shape, rows_for, validated
+from kxexplain.learning.arrays import check_shape, rows_for
+from kxexplain.learning.validation import validated
 
 
 class TangentFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):

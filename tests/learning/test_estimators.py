@@ -73,6 +73,18 @@ def test_errors() -> None:
     x = np.random.default_rng(0).normal(size=(10, 2))
     with pytest.raises(DatasetError, match="1 class"):
         PathKernelClassifier().fit(x, np.zeros(10))
+    for wrong, message in (
+        ({"hidden": (8, 0)}, r"hidden=\(8, 0\)"),
+        ({"module": nn.Linear(2, 1)}, "expected a function"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            PathKernelRegressor(**wrong).fit(x, x[:, 0])
+    with pytest.raises(DatasetError, match="Unknown label type"):
+        PathKernelClassifier().fit(x, x[:, 0])
+    with pytest.raises(DatasetError, match="contains NaN"):
+        PathKernelRegressor().fit(x * np.nan, x[:, 0])
+    with pytest.raises(DatasetError, match="could not convert"):
+        PathKernelRegressor().fit(x, ["a"] * 10)
     with pytest.raises(ModelError, match="gave a int"):
         PathKernelRegressor(module=lambda d, c: 3).fit(x, x[:, 0])
     with pytest.raises(ArgumentError, match="learning_rate=-1"):

@@ -165,6 +165,14 @@ def test_errors(tmp_path: Path) -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             machine(**wrong)
+    with pytest.raises(ArgumentError, match="kernel='rbf'"):
+        machine("rbf")
+    with pytest.raises(ArgumentError, match="NaN"):
+        machine(lambda a, b: rbf(a, b) * float("nan")).fit(data)
+    with pytest.raises(DatasetError, match="training set is empty"):
+        machine().fit(TensorDataset(x[:0], y[:0]))
+    with pytest.raises(DatasetError, match="cannot take the inputs"):
+        machine(nn.Linear(3, 2).double(), epochs=1).fit(data)(x[:, :2])
     with pytest.raises(ArgumentError, match="validation"):
         machine(patience=2).fit(data)
     with pytest.raises(ArgumentError, match="do not fit loss"):
