@@ -216,19 +216,18 @@ class Comparison:
         """An SVM on every kernel, as a table to print.
 
         Columns: test accuracy; agreement with the network; correlation of decision values with its margins; C; support
-        vectors, and how many of them are among the examples of largest |α_i|; kernel-target alignment; effective rank.
+        vectors; kernel-target alignment; effective rank.
         """
-        table = Table("SVM on", "right", "agrees", "margins", "C", "vectors", "top α", "aligned", "rank")
+        table = Table("SVM on", "right", "agrees", "corr.", "C", "vectors", "aligned", "rank")
         for row in self.kernels:
             table.add_row(
                 row.name, f"{row.accuracy:.3f}", f"{row.agreement:.3f}", f"{row.correlation:.3f}", f"{row.C:g}",
-                f"{row.support_vectors}", "" if self.alphas is None else f"{row.support_overlap:.2f}",
-                f"{row.alignment:.3f}", f"{row.effective_rank:.1f}",
+                f"{row.support_vectors}", f"{row.alignment:.3f}", f"{row.effective_rank:.1f}",
             )  # fmt: skip
         return table
 
     def __str__(self) -> str:
-        console = Console(width=92, file=open(os.devnull, "w"), record=True, force_jupyter=False)  # noqa: SIM115 - closed with the console
+        console = Console(width=80, file=open(os.devnull, "w"), record=True, force_jupyter=False)  # noqa: SIM115 - closed with the console
         with console.file:
             console.print(self.table())
             if len(self.kernels) > 1:
