@@ -55,7 +55,7 @@ class TangentKernel:
         if not isinstance(model, nn.Module):
             raise ModelError(f"got {type(model).__name__} as the model; expected a torch.nn.Module")
         self.model = private_copy(model).eval()
-        _try(self.model, inputs)
+        require_accepted(self.model, inputs)
         if not trainable(self.model):
             raise ModelError("the model has no trainable parameters: its tangent kernel is empty")
         self.outputs = outputs
@@ -169,7 +169,7 @@ def joined_factors(pieces: list[Factors]) -> Factors:
     return concatenate(pieces)
 
 
-def _try(model: nn.Module, inputs: Inputs) -> None:
+def require_accepted(model: nn.Module, inputs: Inputs) -> None:
     """``DatasetError`` if the model cannot take one of the inputs."""
     try:
         with torch.no_grad():

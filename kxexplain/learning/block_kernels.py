@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError
 from kxexplain.gradients.factors import take as rows_of
-from kxexplain.kernels.tangent import TangentKernel, tangent_kernel
+from kxexplain.kernels.tangent import TangentKernel, require_accepted, require_inputs, tangent_kernel
 from kxexplain.shapes import Inputs
 from kxexplain.trajectory.batches import count
 
@@ -50,6 +50,7 @@ class _TangentBlocks:
     """A model's tangent kernel, traced over outputs; the centres' gradients are held where memory allows."""
 
     def __init__(self, model: nn.Module, centres: Inputs, memory: str | int) -> None:
+        require_inputs(centres, None, diag=False)
         self._model, self._centres, self._memory = model, centres, memory
         with torch.random.fork_rng(devices=[]):
             self._kernel = TangentKernel(model, centres, memory=memory)
@@ -59,8 +60,10 @@ class _TangentBlocks:
     def __call__(self, batch: Inputs) -> Tensor:
         if self._held is None:
             return tangent_kernel(self._model, batch, self._centres, memory=self._memory)
+        require_inputs(batch, None, diag=False)
         n, m = count(batch), count(self._centres)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
+            require_accepted(self._kernel.model, batch)
             left = self._kernel.gradients(batch)
             found = self._kernel.like.new_empty(n, m)
             for rows, columns in self._kernel.plan.tiles(slice(0, n), slice(0, m), lower=False):

@@ -39,6 +39,7 @@ class KernelRow:
         support_vectors: how many.
         alignment: centred kernel-target alignment, on the training examples.
         effective_rank: (tr K)² / tr K² of the centred Gram matrix.
+        support_overlap: share of its support vectors among as many examples of largest |α_i|; NaN without α.
     """
 
     kernel: str
@@ -49,6 +50,7 @@ class KernelRow:
     support_vectors: int
     alignment: float
     effective_rank: float
+    support_overlap: float
 
     @property
     def name(self) -> str:
@@ -65,6 +67,16 @@ def correlation(first: Tensor, second: Tensor) -> float:
     x, y = (t.double().flatten() - t.double().mean() for t in (first, second))
     norm = float(x.norm() * y.norm())
     return round(float(x @ y) / norm, 12) if norm > 0 else float("nan")
+
+
+def overlap(size: Tensor, support: Tensor) -> float:
+    """Share of the support vectors, given by place, among as many places of largest size.
+
+    >>> overlap(torch.tensor([3.0, 1.0, 2.0, float("nan")]), torch.tensor([0, 1]))
+    0.5
+    """
+    largest = size.nan_to_num(0.0).argsort(descending=True)[: len(support)]
+    return float(torch.isin(largest, support).double().mean())
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,10 +160,8 @@ class Comparison:
         """
         if self.alphas is None:
             return float("nan"), float("nan")
-        size = self.alphas.size[self.examples].nan_to_num(0.0)
-        largest = self.examples[size.argsort(descending=True)[: len(self.support)]]
-        shared = torch.isin(largest, self.support).double().mean()
-        return float(shared), len(self.support) / len(self.examples)
+        shared = overlap(self.alphas.size[self.examples], torch.nonzero(self.weights)[:, 0])
+        return shared, len(self.support) / len(self.examples)
 
     @property
     def weight_correlation(self) -> float:
@@ -203,17 +213,21 @@ class Comparison:
         return table
 
     def kernel_table(self) -> Table:
-        """An SVM on every kernel, as a table to print."""
-        table = Table("SVM on", "accuracy", "agrees", "C", "vectors", "alignment", "rank")
+        """An SVM on every kernel, as a table to print.
+
+        Columns: test accuracy; agreement with the network; correlation of decision values with its margins; C; support
+        vectors; kernel-target alignment; effective rank.
+        """
+        table = Table("SVM on", "right", "agrees", "corr.", "C", "vectors", "aligned", "rank")
         for row in self.kernels:
             table.add_row(
-                row.name, f"{row.accuracy:.3f}", f"{row.agreement:.3f}", f"{row.C:g}", f"{row.support_vectors}",
-                f"{row.alignment:.3f}", f"{row.effective_rank:.1f}",
+                row.name, f"{row.accuracy:.3f}", f"{row.agreement:.3f}", f"{row.correlation:.3f}", f"{row.C:g}",
+                f"{row.support_vectors}", f"{row.alignment:.3f}", f"{row.effective_rank:.1f}",
             )  # fmt: skip
         return table
 
     def __str__(self) -> str:
-        console = Console(width=78, file=open(os.devnull, "w"), record=True, force_jupyter=False)  # noqa: SIM115 - closed with the console
+        console = Console(width=80, file=open(os.devnull, "w"), record=True, force_jupyter=False)  # noqa: SIM115 - closed with the console
         with console.file:
             console.print(self.table())
             if len(self.kernels) > 1:
@@ -251,4 +265,4 @@ def _ranks(values: Tensor) -> Tensor:
     return middle[inverse]
 
 
-__all__ = ["Comparison", "KernelRow", "correlation"]
+__all__ = ["Comparison", "KernelRow", "correlation", "overlap"]

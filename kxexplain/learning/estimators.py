@@ -16,13 +16,14 @@ import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from kxexplain.attribution import Explanation, explain
 from kxexplain.errors import ArgumentError, DatasetError, ModelError
 from kxexplain.learning.trainer import train
+from kxexplain.learning.validation import dataset_errors, validated
 from kxexplain.trajectory import Trajectory
 
 Rows = Any
@@ -79,6 +80,7 @@ class _PathKernelEstimator(BaseEstimator):
         if not all(isinstance(value, (int, float)) and value >= 0 for value in (self.learning_rate, self.weight_decay)):
             got = f"learning_rate={self.learning_rate!r}, weight_decay={self.weight_decay!r}"
             raise ArgumentError(f"got {got}; expected numbers of at least 0")
+        self._check_network()
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.shift_ = X.mean(0) if self.standardize else np.zeros(X.shape[1], X.dtype)
         spread = X.std(0) if self.standardize else np.ones(X.shape[1], X.dtype)
@@ -98,6 +100,16 @@ class _PathKernelEstimator(BaseEstimator):
             seed=seed, out=self.path_, overwrite=self.out is not None, progress=False,
         )  # fmt: skip
 
+    def _check_network(self) -> None:
+        if self.module is not None:
+            if isinstance(self.module, nn.Module) or not callable(self.module):
+                got = type(self.module).__name__
+                raise ArgumentError(f"got module={got}; expected a function (features, outputs) -> module")
+            return
+        widths = self.hidden if isinstance(self.hidden, (list, tuple, np.ndarray)) else (None,)
+        if not all(isinstance(width, (int, np.integer)) and width > 0 for width in widths):
+            raise ArgumentError(f"got hidden={self.hidden!r}; expected the hidden layers' widths, such as (32,)")
+
     def _built(self, features: int, outputs: int) -> nn.Module:
         if self.module is not None:
             made = self.module(features, outputs)
@@ -110,13 +122,9 @@ class _PathKernelEstimator(BaseEstimator):
             layers += [nn.Linear(before, after), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
 
-    def _checked(self, X: Rows, y: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Training data as scikit-learn wants it checked; float32 stays, all else becomes float64."""
-        return validate_data(self, X, y, dtype=[np.float64, np.float32], order="C")  # type: ignore[no-any-return]
-
     def _inputs(self, X: Rows) -> Tensor:
         check_is_fitted(self)
-        rows = validate_data(self, X, dtype=[np.float64, np.float32], order="C", reset=False)
+        rows = validated(self, X, reset=False)
         return torch.from_numpy(((rows - self.shift_) / self.spread_).astype(self.spread_.dtype, copy=False))
 
     def _kernel_sum(self, X: Rows) -> np.ndarray:
@@ -191,8 +199,9 @@ class PathKernelClassifier(ClassifierMixin, _PathKernelEstimator):
 
     def fit(self, X: Rows, y: Any) -> PathKernelClassifier:
         """Train on inputs [n, d] and labels [n]."""
-        X, y = self._checked(X, y)
-        check_classification_targets(y)
+        X, y = validated(self, X, y, reset=True)
+        with dataset_errors():
+            check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise DatasetError(
@@ -239,8 +248,9 @@ class PathKernelRegressor(RegressorMixin, _PathKernelEstimator):
 
     def fit(self, X: Rows, y: Any) -> PathKernelRegressor:
         """Train on inputs [n, d] and targets [n]."""
-        X, y = self._checked(X, y)
-        y = np.asarray(y, dtype=X.dtype)
+        X, y = validated(self, X, y, reset=True)
+        with dataset_errors():
+            y = np.asarray(y, dtype=X.dtype)
         self.target_shift_, self.target_spread_ = float(y.mean()), float(y.std()) or 1.0
         targets = torch.from_numpy(((y - self.target_shift_) / self.target_spread_).astype(X.dtype))
         self._fit(X, targets, "mse", 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError, DatasetError, TrainingError, TrajectoryError
 from kxexplain.kernels.budget import parse_bytes, progress_bar
-from kxexplain.learning.machine_file import Progressed, load_progress, save_progress
+from kxexplain.learning.arrays import digest, whole
+from kxexplain.learning.machine_file import Progressed, load_progress, new_file, save_progress
 from kxexplain.learning.run import NO_EPOCH, permutation
 from kxexplain.learning.spaces import FeatureSpace, KernelSpace, Space
 from kxexplain.shapes import Examples, Inputs
-from kxexplain.trajectory import LossFunction, check_losses, count, fetch, fingerprint, resolve
+from kxexplain.trajectory import LossFunction, check_losses, count, fingerprint, resolve
 
 CURVATURE: dict[str, Callable[[int], float]] = {
     "mse": lambda c: 2 / c,
@@ -80,6 +80,8 @@ class KernelMachine:
         memory: str | int = "1GB",
         seed: int = 0,
     ) -> None:
+        if not callable(kernel) and not hasattr(kernel, "transform"):
+            raise ArgumentError(f"got kernel={kernel!r}; expected a module, a function k(X, Y) or kx.TangentFeatures")
         at_least = {"epochs": 1, "batch_size": 1, "directions": 0, "subsample": 2, "seed": 0}
         given: dict[str, Any] = {
             "epochs": epochs, "batch_size": batch_size, "directions": directions, "subsample": subsample, "seed": seed,
@@ -89,7 +91,7 @@ class KernelMachine:
                 raise ArgumentError(f"got {name}={value!r}; expected a whole number of at least {at_least[name]}")
         if patience is not None and (not isinstance(patience, int) or patience < 1):
             raise ArgumentError(f"got patience={patience!r}; expected a whole number of at least 1, or None")
-        if rate is not None and not 0 < rate < math.inf:
+        if rate is not None and not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
             raise ArgumentError(f"got rate={rate!r}; expected a positive number, or None")
         self.loss_name, self._loss = resolve(loss)
         if rate is None and self.loss_name not in CURVATURE:
@@ -129,11 +131,11 @@ class KernelMachine:
             raise ArgumentError("patience needs validation examples; give validation=, or leave patience out")
         if resume and out is None:
             raise ArgumentError("resume=True needs the file to go on from; give out=")
-        path = None if out is None else Path(out)
-        inputs, targets = self._examples(train)
+        path = None if out is None else new_file(out)
+        inputs, targets = self._examples(train, "training")
         columns = _columns(self.loss_name, targets)
         self._try(columns, targets[:1])
-        held = None if validation is None else self._examples(validation, columns)
+        held = None if validation is None else self._examples(validation, "validation", columns)
         settings = self._settings(train) if path is not None else {}
         there = path is not None and path.exists()
         if there and not resume:
@@ -190,10 +192,9 @@ class KernelMachine:
             raise TrainingError("this kernel machine has not been trained; call fit first")
         return self._space
 
-    def _examples(self, dataset: Examples, columns: int | None = None) -> tuple[Inputs, Tensor]:
+    def _examples(self, dataset: Examples, name: str, columns: int | None = None) -> tuple[Inputs, Tensor]:
         """Inputs and targets; class numbers as indicator vectors where the loss is a squared one."""
-        with torch.random.fork_rng(devices=[]):
-            inputs, targets = fetch(dataset, range(len(dataset)), self._device())
+        inputs, targets = whole(dataset, name, self._device())
         if self.loss_name != "mse" or targets.dim() != 1 or targets.is_floating_point():
             return inputs, targets
         classes = int(targets.max()) + 1 if columns is None else columns
@@ -269,8 +270,20 @@ class KernelMachine:
         return {
             "examples": fingerprint(train).ordered, "loss": self.loss_name, "batch_size": self.batch_size,
             "directions": self.directions, "subsample": self.subsample, "rate": self.rate, "seed": self.seed,
-            "kernel": self._kind(),
+            "kernel": self._kind(), "weights": self._weights(),
         }  # fmt: skip
+
+    def _weights(self) -> str:
+        """What the kernel's values depend on, as far as it can be seen: of a function nothing can."""
+        if isinstance(self.kernel, nn.Module):
+            return _short(self.kernel)
+        chosen = self.kernel.get_params(deep=False) if hasattr(self.kernel, "get_params") else {}
+        return ", ".join(f"{k}={_short(v) if isinstance(v, nn.Module) else repr(v)}" for k, v in chosen.items())
+
+
+def _short(network: nn.Module) -> str:
+    """A fingerprint of a network's parameters and buffers."""
+    return digest(network.state_dict().values()).hex()[:12]
 
 
 def _columns(loss: str, targets: Tensor) -> int:

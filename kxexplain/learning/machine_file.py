@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kxexplain.errors import TrajectoryError
-from kxexplain.trajectory.store import write_atomically
+from kxexplain.trajectory.store import folder, storage, write_atomically
 
 FORMAT = "kxexplain-kernel-machine-1"
 
@@ -32,6 +32,19 @@ class Progressed:
     best: Tensor
     history: list[dict[str, float]]
     stopped: bool = False
+
+
+def new_file(out: Any) -> Path:
+    """``out`` as a path whose folder is there.
+
+    Raises:
+        ArgumentError: no path.
+        TrajectoryError: the folder cannot be made.
+    """
+    path = folder(out)
+    with storage(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def save_progress(path: Path, progressed: Progressed, settings: dict[str, Any]) -> None:
@@ -70,4 +83,4 @@ def load_progress(path: Path, settings: dict[str, Any]) -> Progressed:
         raise TrajectoryError(f"{path} is no readable kernel machine: {error!r}; give another file") from error
 
 
-__all__ = ["Progressed", "load_progress", "save_progress"]
+__all__ = ["Progressed", "load_progress", "new_file", "save_progress"]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.gaussian_process.kernels import Kernel
 from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError
 from kxexplain.kernels.path import path_kernel
 from kxexplain.kernels.tangent import tangent_kernel
-from kxexplain.learning.arrays import check_shape, rows_for
+from kxexplain.learning.arrays import check_shape, digest, rows_for
 from kxexplain.trajectory import Trajectory
 
 
@@ -119,22 +117,16 @@ class NetworkKernel(Kernel):
             raise ArgumentError(
                 'got outputs="full"; scikit-learn needs one number a pair: "trace" or an output\'s number'
             )
-        if isinstance(self.scale, bool) or not 0 < self.scale < float("inf"):
+        if not isinstance(self.scale, (int, float)) or not 0 < self.scale < float("inf"):
             raise ArgumentError(f"got scale={self.scale!r}; expected a positive number")
         check_shape(self.shape)
 
     def _key(self, left: Tensor, right: Tensor | None) -> bytes:
         """What the values depend on: the inputs, the choices, and the parameters as they stand."""
-        digest = hashlib.sha256(repr((self.outputs, self.shape, self.scale, id(self.trajectory))).encode())
-        parameters = [] if self.trajectory is not None else [*self.model.state_dict().values()]
-        for tensor in (left, right, *parameters):
-            digest.update(b"|" if tensor is None else _bytes(tensor))
-        return digest.digest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return f"{tuple(tensor.shape)}{tensor.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes()
+        choices = repr((self.outputs, self.shape, self.scale, id(self.trajectory), right is None))
+        parameters = () if self.trajectory is not None else self.model.state_dict().values()
+        inputs = (left,) if right is None else (left, right)
+        return choices.encode() + digest((*inputs, *parameters))
 
 
 __all__ = ["NetworkKernel"]

@@ -12,7 +12,10 @@ from torch import Tensor
 from kxexplain.errors import ArgumentError
 
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
-"""The C among which cross-validation chooses, for a Gram matrix of mean diagonal 1."""
+"""The C among which cross-validation chooses, for a Gram matrix of mean diagonal 1.
+
+On the digits' kernels 1,000 and 10,000 gave what 100 gives, example by example: no weight reaches the bound any more.
+"""
 FOLDS = 3
 
 
@@ -107,9 +110,10 @@ def choose_C(
         if len(held) == 0 or len(np.unique(labels[train])) < 2:
             continue
         judged += len(held)
+        gram, rows = matrix[np.ix_(train, train)], matrix[np.ix_(held, train)]
         for at, C in enumerate(grid):
-            svc = SVC(kernel="precomputed", C=C).fit(matrix[np.ix_(train, train)], labels[train])
-            right[at] += (svc.predict(matrix[np.ix_(held, train)]) == labels[held]).sum()
+            svc = SVC(kernel="precomputed", C=C).fit(gram, labels[train])
+            right[at] += (svc.predict(rows) == labels[held]).sum()
     if judged == 0:
         return grid[len(grid) // 2], float("nan")
     best = int(right.argmax())

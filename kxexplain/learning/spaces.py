@@ -46,9 +46,11 @@ class Preconditioner:
         """From the subsample's Gram matrix [s, s].
 
         Raises:
-            ArgumentError: the kernel vanishes there, or has negative eigenvalues.
+            ArgumentError: the kernel vanishes there, has negative eigenvalues, or is not finite.
         """
         s = len(gram)
+        if not bool(gram.isfinite().all()):
+            raise ArgumentError(f"the kernel of {s} examples holds NaN or infinite values; check the inputs for them")
         values, vectors = torch.linalg.eigh((gram + gram.T).double() / 2)
         values, vectors = values.flip(0), vectors.flip(1)
         if not float(values[0]) > 0 or float(values[-1]) < -1e-4 * float(values[0]):

@@ -22,7 +22,8 @@ from kxexplain.kernels.budget import progress_bar
 from kxexplain.kernels.path import path_kernel
 from kxexplain.kernels.tangent import tangent_kernel
 from kxexplain.learning.alphas import AlphaVariation, alpha_variation
-from kxexplain.learning.comparison import Comparison, KernelRow, correlation
+from kxexplain.learning.arrays import whole
+from kxexplain.learning.comparison import Comparison, KernelRow, correlation, overlap
 from kxexplain.learning.labels import class_numbers, predicted_classes
 from kxexplain.learning.measures import alignment, effective_rank
 from kxexplain.learning.precomputed import FittedSVM, fit_svm
@@ -103,13 +104,13 @@ def compare_svm(
     fitted: dict[str, FittedSVM] = {}
     rows = []
     with progress_bar(progress, len(names) + 1, "comparing") as tick:
+        alphas = study.alphas(queries, train, test)
+        tick()
         for name in names:
             gram, across = study.kernels(name)
             fitted[name] = fit_svm(gram, across, study.labels, C, seed)
-            rows.append(study.row(name, gram, fitted[name]))
+            rows.append(study.row(name, gram, fitted[name], alphas))
             tick()
-        alphas = study.alphas(queries, train, test)
-        tick()
     svm = fitted[own]
     return Comparison(
         classes=svm.classes,
@@ -152,8 +153,8 @@ class _Study:
         """Check everything, evaluate the network, choose the examples."""
         Trajectory.required(trajectory).check_model(model)
         device = next(model.parameters()).device
-        x_test, raw_test = _whole(test, "test", device)
-        _, raw_train = _whole(train, "training", device)
+        x_test, raw_test = whole(test, "test", device)
+        _, raw_train = whole(train, "training", device)
         trajectory.check_dataset(train)
         private = private_copy(model).eval()
         load_model(trajectory.state(trajectory.states[-1].step), private)
@@ -183,7 +184,7 @@ class _Study:
         load_model(self.trajectory.state(at), self.model)
         return tuple(tangent_kernel(self.model, x, y) for x, y in self._pairs())  # type: ignore[return-value]
 
-    def row(self, name: str, gram: Tensor, svm: FittedSVM) -> KernelRow:
+    def row(self, name: str, gram: Tensor, svm: FittedSVM, alphas: AlphaVariation | None) -> KernelRow:
         """What is told about one kernel."""
         network = predicted_classes(self.outputs).cpu()
         return KernelRow(
@@ -195,6 +196,7 @@ class _Study:
             support_vectors=len(svm.support),
             alignment=alignment(gram, self.labels),
             effective_rank=effective_rank(gram),
+            support_overlap=float("nan") if alphas is None else overlap(alphas.size[self.chosen], svm.support),
         )
 
     def alphas(self, queries: int, train: Examples, test: Examples) -> AlphaVariation | None:
@@ -245,13 +247,6 @@ def _pairs(outputs: Tensor, classes: Tensor) -> Tensor:
         return -outputs
     first, second = torch.combinations(classes, 2).T
     return outputs[:, first] - outputs[:, second]
-
-
-def _whole(dataset: Examples, name: str, device: torch.device) -> tuple[Inputs, Tensor]:
-    if not hasattr(dataset, "__len__") or len(dataset) == 0:
-        raise DatasetError(f"the {name} set is empty or has no length; give at least one example")
-    with torch.random.fork_rng(devices=[]):
-        return fetch(dataset, range(len(dataset)), device)
 
 
 def _slices(n: int, size: int = 1024) -> list[slice]:

@@ -8,20 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from kxexplain.errors import ArgumentError, DatasetError
+from kxexplain.errors import ArgumentError
 from kxexplain.gradients.factors import Dense, Factor, Factors
 from kxexplain.gradients.ordinary import trainable
 from kxexplain.gradients.projection import Projection
 from kxexplain.kernels.blocks import spans
 from kxexplain.kernels.tangent import TangentKernel
 from kxexplain.learning.arrays import check_shape, rows_for
+from kxexplain.learning.validation import validated
 
 
-class TangentFeatures(TransformerMixin, BaseEstimator):
+class TangentFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     r"""Gradients of a model's outputs, projected at random to ``dim`` numbers (a scikit-learn transformer).
 
     φ(x) = Σ_c S_c ∇f_c(x), every output with a seeded projection S_c of its own: cross terms vanish on average, so
@@ -72,12 +73,11 @@ class TangentFeatures(TransformerMixin, BaseEstimator):
             raise ArgumentError('got outputs="full"; expected "trace" or an output\'s number')
         check_shape(self.shape)
         outputs: Any = self.outputs
-        inputs = rows_for(self.model, X, self.shape)
+        inputs = self._rows(X, reset=True)
         with torch.random.fork_rng(devices=[]):
             self.kernel_ = TangentKernel(self.model, inputs[:1], outputs)
         shapes = {name: tuple(p.shape) for name, p in trainable(self.kernel_.model).items()}
         self.projection_ = Projection(shapes, self.kernel_.columns, self.dim, seed=self.seed)
-        self.n_features_in_ = inputs[0].numel()
         norms = self.kernel_.diagonal(inputs).double() if self.normalize else torch.ones(1)
         self.scale_ = float(norms.mean()) ** 0.5
         if not 0 < self.scale_ < float("inf"):
@@ -87,14 +87,24 @@ class TangentFeatures(TransformerMixin, BaseEstimator):
     def transform(self, X: Any) -> np.ndarray:
         """Features [n, dim], in the model's dtype."""
         check_is_fitted(self)
-        inputs = rows_for(self.kernel_.model, X, self.shape)
-        if inputs[0].numel() != self.n_features_in_:
-            raise DatasetError(f"rows have {inputs[0].numel()} features, those of fit had {self.n_features_in_}")
+        inputs = self._rows(X, reset=False)
         made = torch.empty(len(inputs), self.dim, dtype=self.kernel_.like.dtype)
         with torch.random.fork_rng(devices=[]):
             for rows in spans(0, len(inputs), max(1, min(self.kernel_.plan.batch, 256))):
                 made[rows] = self._sketch(inputs[rows]).cpu()
         return made.div_(self.scale_).numpy()
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.dim
+
+    def _rows(self, X: Any, *, reset: bool) -> Tensor:
+        """Checked as scikit-learn does, which knows flat rows only, and then in the shape that the model takes."""
+        rows, shape = X.detach().cpu().numpy() if isinstance(X, Tensor) else X, self.shape
+        if getattr(rows, "ndim", 2) > 2:
+            shape = rows.shape[1:] if shape is None else shape
+            rows = rows.reshape(len(rows), -1)
+        return rows_for(self.model, validated(self, rows, reset=reset), shape)
 
     def _sketch(self, inputs: Tensor) -> Tensor:
         factors = self.kernel_.gradients(inputs)

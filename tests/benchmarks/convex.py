@@ -3,7 +3,8 @@
 Breast cancer (569 × 30) and the digits 3 and 8 (357 × 64), standardised; C as given, decay λ = 1/(nC) on the weights,
 none on the intercept; η_t = 2/(λ(t + 100)) for the steps given, in float64. The dual coefficients are those that
 ``kx.dual_coefficients`` finds in the recorded trajectory, beside ``SVC(kernel="linear").dual_coef_``. Limits:
-correlation at least 0.999, largest difference at most 2 % of the largest coefficient (which is C).
+correlation at least 0.999, largest difference at most 2 % of the largest coefficient (which is C); beyond them the
+script fails.
 
     .venv/bin/python tests/benchmarks/convex.py [--steps 10000] [--problems …]
 """
@@ -43,7 +44,7 @@ def threes_and_eights() -> tuple[np.ndarray, np.ndarray]:
     return x[rows], (y[rows] == 8).astype(np.int64)
 
 
-START = 100
+START, CORRELATION, DIFFERENCE = 100, 0.999, 0.02
 PROBLEMS = {"breast cancer": (breast_cancer, 0.1), "digits 3 and 8": (threes_and_eights, 0.01)}
 
 
@@ -107,11 +108,21 @@ def main() -> None:
     options = parser.parse_args()
     file = RESULTS / "convex.json"
     kept = json.loads(file.read_text()) if file.is_file() and options.problems != list(PROBLEMS) else {}
-    numbers: dict[str, Any] = {"limit_correlation": 0.999, "limit_difference": 0.02}
+    numbers: dict[str, Any] = {"limit_correlation": CORRELATION, "limit_difference": DIFFERENCE}
     numbers |= {name: kept[name] for name in PROBLEMS if name in kept}
     for name in options.problems:
         numbers[name] = measure(name, options.steps)
     write_result("convex", numbers)
+    missed = [name for name in options.problems if not within(numbers[name])]
+    if missed:
+        sys.exit(f"beyond the limits: {', '.join(missed)}")
+
+
+def within(found: dict[str, Any]) -> bool:
+    """Whether the coefficients are libsvm's, and the support set."""
+    close = found["correlation"] >= CORRELATION and found["largest_difference_over_largest_coefficient"] <= DIFFERENCE
+    inside = found["of_these_support_vectors"] == found["ours_above_2_percent_of_C"]
+    return bool(close and inside and found["libsvm_above_2_percent_of_C_missed"] == 0)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ fitting and of predicting the 10,000 test images, memory the peak of the process
   ``SVC(kernel="precomputed")``, ``Nystroem`` with ``LinearSVC``, and the machine, over kernel blocks and over sketched
   features. The machine must come within 1 point of the exact solution's test accuracy.
 * 60,000 images, whose Gram matrix would take 14 GB in float32 and 29 GB in float64: the machine over kernel blocks and
-  over sketched features, and ``Nystroem`` with ``LinearSVC``. The peak must stay below 3 GB.
+  over sketched features, and ``Nystroem`` with ``LinearSVC``. The machine's peak must stay below 3 GB.
+
+Beyond the limits the script fails. Processor time stands beside the seconds, which other work on the machine lengthens.
 
     .venv/bin/python tests/benchmarks/kernel_machine.py [--cases "machine 10000" …]
 """
@@ -38,6 +40,7 @@ import kxexplain as kx
 from tests.benchmarks.environment import RESULTS, write_result
 
 BASE, COMPONENTS, DIM = 10_000, 1000, 2048
+GAP, PEAK_MB, LARGE = 0.01, 3000, ("machine 60000", "sketched 60000")
 RIDGES = (1.0, 0.1, 0.01, 0.001)
 EPOCHS = {"machine 10000": 4, "machine 60000": 1, "sketched": 10}
 
@@ -130,10 +133,11 @@ def measure(case: str) -> dict[str, Any]:
     x, y = split.test.tensors
     with torch.no_grad():
         own = float((model(x).argmax(1) == y).double().mean())
-    before, began = _peak(), time.perf_counter()
+    before, began, used = _peak(), time.perf_counter(), time.process_time()
     said = SOLVERS[name](model, train, x).argmax(1)
     return {
         "seconds": time.perf_counter() - began,
+        "processor_seconds": time.process_time() - used,
         "test_accuracy": float((said == y).double().mean()),
         "network_accuracy": own,
         "peak_mb_before": before,
@@ -155,7 +159,7 @@ def main() -> None:
         return
     file = RESULTS / "kernel_machine.json"
     kept = json.loads(file.read_text()) if file.is_file() and options.cases != CASES else {}
-    numbers: dict[str, Any] = {"limit_peak_mb": 3000, "limit_accuracy_gap": 0.01}
+    numbers: dict[str, Any] = {"limit_peak_mb": PEAK_MB, "limit_accuracy_gap": GAP}
     numbers |= {"ridges": RIDGES, "components": COMPONENTS, "dim": DIM, "epochs": EPOCHS}
     numbers |= {name: kept[name] for name in CASES if name in kept}
     for name in options.cases:
@@ -168,6 +172,9 @@ def main() -> None:
     if len(gaps) == 2:
         numbers["accuracy_gap_10000"] = gaps[0] - gaps[1]
     write_result("kernel_machine", numbers)
+    largest = max((numbers[n]["peak_mb"] for n in LARGE if n in numbers), default=0.0)
+    if numbers.get("accuracy_gap_10000", 0.0) > GAP or largest > PEAK_MB:
+        sys.exit(f"beyond the limits: {GAP} of accuracy, {PEAK_MB} MB")
 
 
 if __name__ == "__main__":

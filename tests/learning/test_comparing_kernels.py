@@ -94,12 +94,19 @@ def test_a_row_for_every_kernel(compared: kx.Comparison, trained: Any) -> None:
     assert read["alphas"]["network_accuracy"] == compared.alphas.network_accuracy  # type: ignore[union-attr]
 
 
-def test_support_vectors_and_the_largest_alphas(compared: kx.Comparison) -> None:
+def test_support_vectors_and_the_largest_alphas(compared: kx.Comparison, trained: Any) -> None:
     assert compared.alphas is not None
     size = compared.alphas.size[compared.examples]
     largest = set(size.argsort(descending=True)[: len(compared.support)].tolist())
     shared = len(largest & set(compared.support.tolist())) / len(compared.support)
     assert compared.support_overlap == (pytest.approx(shared), len(compared.support) / 36)
+    assert compared.kernels[0].support_overlap == compared.support_overlap[0]
+    end = compared.kernels[3]
+    given = trained[2].tensors
+    gram = kx.tangent_kernel(trained[1], given[0])
+    support = set(SVC(kernel="precomputed", C=end.C).fit(gram / gram.diagonal().mean(), given[1]).support_.tolist())
+    largest = set(size.argsort(descending=True)[: len(support)].tolist())
+    assert end.support_overlap == pytest.approx(len(largest & support) / len(support))
     slope, intercept = compared.calibration
     fitted = np.polyfit(compared.margins.flatten(), compared.decisions.flatten(), 1)
     np.testing.assert_allclose([slope, intercept], fitted)

@@ -1,4 +1,4 @@
-"""The estimators: held to scikit-learn's own checks, and to the network they stand for."""
+"""The estimators, held to the network they stand for; scikit-learn's own checks are in test_check_estimator.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
-from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 import kxexplain as kx
@@ -20,12 +19,6 @@ from kxexplain.learning.estimators import PathKernelClassifier, PathKernelRegres
 from tests.laws import assert_complete
 
 QUICK: dict[str, Any] = {"hidden": (8,), "epochs": 10, "learning_rate": 0.3, "batch_size": 16}
-
-
-@pytest.mark.slow
-@parametrize_with_checks([PathKernelClassifier(**QUICK), PathKernelRegressor(**{**QUICK, "learning_rate": 0.1})])
-def test_scikit_learns_checks(estimator: Any, check: Any) -> None:
-    check(estimator)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -80,6 +73,18 @@ def test_errors() -> None:
     x = np.random.default_rng(0).normal(size=(10, 2))
     with pytest.raises(DatasetError, match="1 class"):
         PathKernelClassifier().fit(x, np.zeros(10))
+    for wrong, message in (
+        ({"hidden": (8, 0)}, r"hidden=\(8, 0\)"),
+        ({"module": nn.Linear(2, 1)}, "expected a function"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            PathKernelRegressor(**wrong).fit(x, x[:, 0])
+    with pytest.raises(DatasetError, match="Unknown label type"):
+        PathKernelClassifier().fit(x, x[:, 0])
+    with pytest.raises(DatasetError, match="contains NaN"):
+        PathKernelRegressor().fit(x * np.nan, x[:, 0])
+    with pytest.raises(DatasetError, match="could not convert"):
+        PathKernelRegressor().fit(x, ["a"] * 10)
     with pytest.raises(ModelError, match="gave a int"):
         PathKernelRegressor(module=lambda d, c: 3).fit(x, x[:, 0])
     with pytest.raises(ArgumentError, match="learning_rate=-1"):

@@ -134,6 +134,24 @@ def test_interrupted_and_resumed_it_ends_where_it_would_have(tmp_path: Path) -> 
     assert torch.equal(again.coefficients, whole.coefficients)
 
 
+def test_another_networks_kernel_is_not_resumed_with(tmp_path: Path) -> None:
+    data = TensorDataset(*points(20))
+    torch.manual_seed(0)
+    one, other = (nn.Linear(3, 2).double() for _ in range(2))
+    for number, kernels in enumerate(
+        [
+            (one, other),
+            (TangentFeatures(one, 32), TangentFeatures(other, 32)),
+            (TangentFeatures(one, 32), TangentFeatures(one, 48)),
+        ]
+    ):
+        file = tmp_path / f"{number}.safetensors"
+        machine(kernels[0], epochs=1).fit(data, out=file)
+        with pytest.raises(TrajectoryError, match=r"another training \(weights"):
+            machine(kernels[1], epochs=2).fit(data, out=file, resume=True)
+        machine(kernels[0], epochs=2).fit(data, out=file, resume=True)
+
+
 def test_errors(tmp_path: Path) -> None:
     x, y = points(20)
     data, file = TensorDataset(x, y), tmp_path / "machine.safetensors"
@@ -147,6 +165,14 @@ def test_errors(tmp_path: Path) -> None:
     ):
         with pytest.raises(ArgumentError, match=message):
             machine(**wrong)
+    with pytest.raises(ArgumentError, match="kernel='rbf'"):
+        machine("rbf")
+    with pytest.raises(ArgumentError, match="NaN"):
+        machine(lambda a, b: rbf(a, b) * float("nan")).fit(data)
+    with pytest.raises(DatasetError, match="training set is empty"):
+        machine().fit(TensorDataset(x[:0], y[:0]))
+    with pytest.raises(DatasetError, match="cannot take the inputs"):
+        machine(nn.Linear(3, 2).double(), epochs=1).fit(data)(x[:, :2])
     with pytest.raises(ArgumentError, match="validation"):
         machine(patience=2).fit(data)
     with pytest.raises(ArgumentError, match="do not fit loss"):

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression, SGDClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC, SVR, LinearSVC
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 import kxexplain as kx
 from kxexplain.errors import ArgumentError, DatasetError
@@ -58,6 +58,32 @@ def test_values_diagonal_and_laws(pair: Any) -> None:
     assert scaled.diag(x).mean() == pytest.approx(1)
     np.testing.assert_allclose(scaled(x) * scaled.scale, gram)
     assert kernel(x, eval_gradient=True)[1].shape == (24, 24, 0)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda: [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)],
+        lambda: [
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(144, 10),
+        ],
+    ],
+    ids=["mlp", "cnn"],
+)
+def test_in_single_precision_gram_matrices_are_symmetric_and_positive(body: Any, tmp_path: Path) -> None:
+    data = Subset(kx.datasets.digits().train, range(300))
+    torch.manual_seed(0)
+    model = nn.Sequential(*body())
+    run = kx.train(model, data, epochs=2, out=tmp_path, progress=False)
+    for kernel in (kx.NetworkKernel(model), kx.NetworkKernel(model, run)):
+        gram = torch.from_numpy(kernel(data[:][0].numpy()))
+        assert_symmetric(gram, 1e-6)
+        assert_positive_semidefinite(gram, 1e-6)
 
 
 def test_every_kernel_method_sees_the_same_matrix(pair: Any) -> None:
@@ -154,7 +180,7 @@ def test_errors() -> None:
         kx.TangentFeatures(model, dim=3).fit(x)
     with pytest.raises(ArgumentError, match="full"):
         kx.TangentFeatures(model, outputs="full").fit(x)
-    with pytest.raises(DatasetError, match="those of fit had 4"):
+    with pytest.raises(DatasetError, match="expecting 4 features"):
         kx.TangentFeatures(model, dim=16).fit(x).transform(x[:, :3])
     with pytest.raises(AttributeError, match="no attribute"):
         kx.nothing  # noqa: B018
