@@ -43,13 +43,14 @@ from kxexplain.learning.incremental import IncrementalModel, Merged
 from kxexplain.learning.incremental.alternatives import Update, Updates, compare_updates
 from kxexplain.learning.kernel_machine import KernelMachine
 from kxexplain.learning.objectives import flooded, input_penalty, parameter_penalty
+from kxexplain.learning.record import record
 from kxexplain.learning.removal import Removal, compare_removal, retrain, subtract
 from kxexplain.learning.scheduler import GradientSchedule
 from kxexplain.learning.schedules import Schedule
 from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import fit, train
 from kxexplain.search import GradientIndex, Neighbors, dim_for_recall, self_influence
-from kxexplain.trajectory import Objective, Recorder, Trajectory, import_checkpoints, record
+from kxexplain.trajectory import Objective, Recorder, Trajectory, import_checkpoints
 
 if TYPE_CHECKING:
     from kxexplain.learning.estimators import PathKernelClassifier, PathKernelRegressor

@@ -52,55 +52,25 @@ def record(
     seed: int | None = None,
     clip_value: float | None = None,
     objective: Objective | None = None,
-    features: int | None = None,
-    segments: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
 ) -> Recorder:
-    """Record your own training loop into the folder ``out``; use it as a context manager.
+    """A recorder for a loop of one's own: everything is checked, nothing is written yet.
 
-    ``loss`` (a name or a function giving one loss per example) and ``reduction`` say what the loop
-    minimises over each batch; the loop calls ``recorder.step(indices)`` after ``optimizer.step()``, also where it
-    accumulated the gradient over several forward passes (equally weighted examples; replay makes it one pass, so
-    neither dropout nor batch norm in training mode).
-    Weights of examples or classes belong into the loss function, as factors of its losses; a sample's own weight can
-    be part of its target: ``lambda f, y: cross_entropy(f, y[:, 0].long(), reduction="none") * y[:, 1]``. Torch's
-    weighted mean divides by the batch's weights: that is ``losses * w * (len(w) / w.sum())``, and "mean".
-    A loop that multiplies its gradients (``clip_grad_norm_``) tells ``recorder.step(..., clip=factor)``; one that
-    (after that) clamps them, as ``clip_grad_value_`` does, gives ``clip_value``; what it took away is "unattributed".
-    A loop that ascends in some steps tells ``recorder.step(..., sign=-1)``; one that adds a penalty on gradients to its
-    loss gives ``objective``, which says which.
-    A dataset that augments at random must draw from torch's global generator, and its batches must come from
-    ``recorder.fetch(indices)``, so that replay draws the same; ``TrainingError`` before the first step if they do not.
-    ``keep`` says which states to keep: "step", "epoch", a number of steps, or a size like "200MB".
-    ``features`` collects gradient features of so many dimensions from the loop's own forward and backward passes, for
-    the retrieval index in ``out``/index, as :func:`kxexplain.train` does; ``segments``, the number of states to come
-    after the first (of epochs, with ``keep="epoch"``), divides their coordinates better from 512 dimensions on. They
-    take a loop whose gradients are sums over the examples of ``recorder.step(indices)``, in their order and as the
-    dataset has them, which is checked; for any other a replay makes the index in the end, and a warning says why.
-    ``seed`` is only noted. With ``resume`` a run that was interrupted goes on: model, optimiser and random generators
-    are set to its last state, and the loop continues with batch number ``recorder.position``; where ``out`` holds no
-    run yet, one begins. A learning-rate scheduler of the loop's own is not recorded, and the loop must restore it
-    itself. An optimiser's class may be your own, if its ``step()`` takes no closure and its parameter groups hold the
-    arguments that its constructor needs; it is passed again to ``Trajectory.open``. Everything is checked at the
-    call: ``ModelError``, ``DatasetError``, ``ArgumentError``, or ``TrajectoryError`` if ``out`` cannot be used. Files
-    are written, or with ``overwrite`` removed, on entering the ``with`` block.
+    :func:`kxexplain.record` says what the arguments mean, and adds features for the retrieval index. Raises
+    ``ModelError``, ``DatasetError``, ``ArgumentError``, or ``TrajectoryError`` if ``out`` cannot be used.
 
     >>> import tempfile
     >>> from torch.utils.data import TensorDataset
-    >>> data = TensorDataset(torch.eye(4), torch.arange(4.0))
-    >>> model = nn.Linear(4, 1)
+    >>> model, data = nn.Linear(4, 1), TensorDataset(torch.eye(4), torch.arange(4.0))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> with record(model, optimizer, "mse", data, out=tempfile.mkdtemp(), keep="step") as recorder:
-    ...     for indices in ([0, 1], [2, 3], [1, 3]):
-    ...         optimizer.zero_grad()
-    ...         inputs, targets = data[indices]
-    ...         loss = (model(inputs)[:, 0] - targets).square().mean()
-    ...         loss.backward()
-    ...         optimizer.step()
-    ...         recorder.step(indices, loss)
+    >>> with record(model, optimizer, "mse", data, out=tempfile.mkdtemp()) as recorder:
+    ...     loss = model(data.tensors[0])[:, 0].sub(data.tensors[1]).square().mean()
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     recorder.step(range(4), loss)
     >>> len(recorder.trajectory)
-    3
+    1
     """
     if resume and overwrite:
         raise ArgumentError("resume=True and overwrite=True exclude each other; choose one")
@@ -111,10 +81,6 @@ def record(
     )  # fmt: skip
     check_budget(policy, model)
     recorder = Recorder(model, optimizer, manifest, policy, path=path, loss=loss, dataset=dataset, overwrite=overwrite)
-    if features is not None:
-        from kxexplain.search.own_loop import LoopFeatures
-
-        recorder.beside = LoopFeatures.of(model, optimizer, manifest, policy, dataset, dim=features, segments=segments)
     if resume and is_trajectory(path):
         old = Trajectory.open(path, loss if callable(loss) else None)
         old.check_model(model)
@@ -156,7 +122,8 @@ class Recorder:
         """Looks on while the loop trains."""
         self._model = model
         self._optimizer = optimizer
-        self._keep = keep
+        self.keep = keep
+        """Which states are kept."""
         self._loss = loss if callable(loss) else None
         self._epoch, self._seen = 0, 0
         self._resumed: Trajectory | None = None
@@ -186,9 +153,9 @@ class Recorder:
         :func:`record` calls it; a trainer that restores more than that calls it itself.
         """
         self._resumed = trajectory
-        if self._keep.kind == "budget":
+        if self.keep.kind == "budget":
             stride = int(trajectory.fact("stride") or 1)
-            self._keep = keeping.Keep("budget", stride, self._keep.budget)
+            self.keep = keeping.Keep("budget", stride, self.keep.budget)
 
     def __enter__(self) -> Recorder:
         if self._observer is not None:
@@ -322,7 +289,7 @@ class Recorder:
         writer.append(row, rng=observer.logged(), modes=modes)
         if self.beside is not None:
             self.beside.logged(row.step, batch, row.rates, sign * clip)
-        if self._keep.wants(observer.step, epoch_ended=ended):
+        if self.keep.wants(observer.step, epoch_ended=ended):
             self._save(kept=True)
             self._thin()
 
@@ -367,15 +334,15 @@ class Recorder:
     def _thin(self) -> None:
         """Double the stride until the states fit the budget, or only first and last are left."""
         writer = _entered(self._writer)
-        if self._keep.kind != "budget":
+        if self.keep.kind != "budget":
             return
         writer.settle()
-        while sum(state.bytes for state in writer.states.values()) > self._keep.budget:
+        while sum(state.bytes for state in writer.states.values()) > self.keep.budget:
             inner = sorted(writer.states)[1:-1]
             if not inner:
                 break
-            stride = 2 * self._keep.stride
-            self._keep = keeping.Keep("budget", stride, self._keep.budget)
+            stride = 2 * self.keep.stride
+            self.keep = keeping.Keep("budget", stride, self.keep.budget)
             writer.set_fact("stride", str(stride))
             for step in inner:
                 if step % stride:
