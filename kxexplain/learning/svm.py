@@ -81,7 +81,7 @@ def compare_svm(
     Raises:
         ModelError: not the recorded architecture.
         DatasetError: not the recorded examples, nothing in a set, only one class, or targets that are no classes.
-        ArgumentError: C, limit or queries out of range, an unknown kernel, a trajectory without steps.
+        ArgumentError: C, limit, queries or seed out of range, an unknown kernel, a trajectory without steps.
 
     Source: Domingos 2020, arXiv 2012.00152; Cortes & Vapnik 1995.
 
@@ -95,7 +95,7 @@ def compare_svm(
     >>> [row.kernel for row in comparison.kernels]
     ['path', 'start', 'middle', 'end', 'rbf', 'linear']
     """
-    _check_arguments(C, limit, kernel, against, queries)
+    _check_arguments(C, limit, kernel, against, queries, seed)
     study = _Study.of(trajectory, model, train, test, limit=limit, seed=seed)
     own = "path" if kernel == "path" else "end"
     names = [own, *(name for name in OTHERS if name in against and name != own)]
@@ -253,7 +253,7 @@ def _slices(n: int, size: int = 1024) -> list[slice]:
     return [slice(at, at + size) for at in range(0, n, size)]
 
 
-def _check_arguments(C: float | None, limit: int, kernel: str, against: Sequence[str], queries: int) -> None:
+def _check_arguments(C: float | None, limit: int, kernel: str, against: Sequence[str], queries: int, seed: int) -> None:
     if C is not None and not 0 < C < float("inf"):
         raise ArgumentError(f"got C={C!r}; expected a positive number, or None to choose it by cross-validation")
     if isinstance(limit, bool) or limit < 2:
@@ -265,6 +265,8 @@ def _check_arguments(C: float | None, limit: int, kernel: str, against: Sequence
         raise ArgumentError(f"got against={against!r}; expected some of {', '.join(OTHERS)}, as a list")
     if isinstance(queries, bool) or not isinstance(queries, int) or queries < 0:
         raise ArgumentError(f"got queries={queries!r}; expected a whole number, 0 for none")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:  # scikit-learn takes no larger one
+        raise ArgumentError(f"got seed={seed!r}; expected a whole number from 0 to 2**32 - 1")
 
 
 __all__ = ["OTHERS", "Comparison", "compare_svm", "stratified"]

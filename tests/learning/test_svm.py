@@ -167,6 +167,7 @@ def test_errors_come_before_work(linear: Any, tmp_path: Path) -> None:
         ({"against": ["poly"]}, ArgumentError, "against"),
         ({"against": "rbf"}, ArgumentError, "as a list"),
         ({"queries": -1}, ArgumentError, "queries=-1"),
+        ({"seed": -1}, ArgumentError, "seed=-1"),
     ):
         given = {"trajectory": trajectory, "model": model, "train": data, "test": test} | wrong
         with pytest.raises(kind, match=message):
