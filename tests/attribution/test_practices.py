@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import kxexplain as kx
 from kxexplain.errors import ArgumentError, DatasetError, ReplayError, TrainingError, TrajectoryError
-from kxexplain.trajectory import Recorder, resolve
+from kxexplain.trajectory import Recorder, record, resolve
 from kxexplain.trajectory.store import Writer
 from tests.cases import CASES, Case, Problem, vectors
 from tests.laws import assert_close, assert_complete, assert_same_bill
@@ -229,7 +229,7 @@ def test_limits_that_are_none(wrong: Any, tmp_path: Path) -> None:
             unchecked(kx.train)(problem.model, problem.data, epochs=1, out=tmp_path / "run", **{name: wrong})
     optimizer = OPTIMIZERS["sgd"](problem.model.parameters())
     with pytest.raises(ArgumentError, match="clip_value must be a positive number"):
-        unchecked(kx.record)(problem.model, optimizer, "mse", problem.data, out=tmp_path, clip_value=wrong)
+        unchecked(record)(problem.model, optimizer, "mse", problem.data, out=tmp_path, clip_value=wrong)
     assert not any(tmp_path.iterdir())
 
 
