@@ -50,7 +50,7 @@ def _join(starts: Any, ends: Any, middles: Any, trace: Trace, *, settled: bool =
     """Pair the outputs of a call leaf by leaf; unless settled, the middle's value becomes the mean of the ends."""
     if isinstance(starts, Tensor) and isinstance(ends, Tensor):
         return _pair(starts, ends, middles, trace, settled)
-    parts = [list(nested.leaves(values)) for values in (starts, ends, middles)]
+    parts = [nested.leaves(values) for values in (starts, ends, middles)]
     if len({len(leaves) for leaves in parts}) > 1:
         raise Untraceable("an operation returned different structures at the two ends")
     pairs = (_pair(start, end, middle, trace, settled) for start, end, middle in zip(*parts, strict=True))

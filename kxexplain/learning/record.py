@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from kxexplain.errors import ArgumentError
 from kxexplain.search.own_loop import LoopFeatures
 from kxexplain.trajectory import LossFunction, Objective, Recorder
 from kxexplain.trajectory import record as recorder_of
@@ -75,12 +76,18 @@ def record(
     >>> len(recorder.trajectory)
     3
     """
-    recorder = recorder_of(
-        model, optimizer, loss, dataset, out=out, keep=keep, reduction=reduction, seed=seed, clip_value=clip_value,
-        objective=objective, overwrite=overwrite, resume=resume,
-    )  # fmt: skip
-    if features is not None:
-        recorder.beside = LoopFeatures.of(
+    if features is None and segments is not None:
+        raise ArgumentError(
+            f"got segments={segments} without features; give features=, a number of dimensions, as well"
+        )
+
+    def collecting(recorder: Recorder) -> LoopFeatures:
+        assert features is not None
+        return LoopFeatures.of(
             model, optimizer, recorder.manifest, recorder.keep, dataset, dim=features, segments=segments
         )
-    return recorder
+
+    return recorder_of(
+        model, optimizer, loss, dataset, out=out, keep=keep, reduction=reduction, seed=seed, clip_value=clip_value,
+        objective=objective, beside=None if features is None else collecting, overwrite=overwrite, resume=resume,
+    )  # fmt: skip

@@ -40,6 +40,7 @@ class Unrecorded:
         """The examples at ``indices`` as a batch on the model's device."""
         if self._ready:  # this runs in every step: no more than the two look-ups
             inputs, targets = self._dataset.tensors
+            indices = indices.to(self._device)
             return inputs.index_select(0, indices), targets.index_select(0, indices)
         return fetch(self._dataset, indices, self._device)
 

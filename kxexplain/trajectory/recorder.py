@@ -52,12 +52,14 @@ def record(
     seed: int | None = None,
     clip_value: float | None = None,
     objective: Objective | None = None,
+    beside: Callable[[Recorder], Beside] | None = None,
     overwrite: bool = False,
     resume: bool = False,
 ) -> Recorder:
     """A recorder for a loop of one's own: everything is checked, nothing is written yet.
 
-    :func:`kxexplain.record` says what the arguments mean, and adds features for the retrieval index. Raises
+    :func:`kxexplain.record` says what the arguments mean. ``beside`` makes what the recorder takes along, before model
+    and optimiser are set to the state of a run that is resumed. Raises
     ``ModelError``, ``DatasetError``, ``ArgumentError``, or ``TrajectoryError`` if ``out`` cannot be used.
 
     >>> import tempfile
@@ -81,6 +83,7 @@ def record(
     )  # fmt: skip
     check_budget(policy, model)
     recorder = Recorder(model, optimizer, manifest, policy, path=path, loss=loss, dataset=dataset, overwrite=overwrite)
+    recorder.beside = None if beside is None else beside(recorder)
     if resume and is_trajectory(path):
         old = Trajectory.open(path, loss if callable(loss) else None)
         old.check_model(model)

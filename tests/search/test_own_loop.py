@@ -317,3 +317,21 @@ def test_waiting_steps_do_not_share_the_loops_memory(tmp_path: Path, monkeypatch
     parts = recorded(tmp_path, reusing, momentum, smooth=True, features=64, keep=7)
     assert delayed.lag(parts[0].manifest.optimizer) == 197
     close(tmp_path, parts, 64, 1)
+
+
+def test_a_resumed_loop_is_refused_before_its_model_is_set(tmp_path: Path) -> None:
+    data = TensorDataset(torch.eye(3), torch.tensor([0, 1, 0]))
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with kx.record(model, optimizer, "cross_entropy", data, out=tmp_path) as recorder:
+        loss = nn.functional.cross_entropy(model(data.tensors[0]), data.tensors[1])
+        loss.backward()
+        optimizer.step()
+        recorder.step(range(3), loss)
+    with torch.no_grad():
+        model.weight.zero_()
+    with pytest.raises(ArgumentError, match="dim=0"):
+        kx.record(model, optimizer, "cross_entropy", data, out=tmp_path, resume=True, features=0)
+    assert not model.weight.any()
+    with pytest.raises(ArgumentError, match="segments=2 without features"):
+        kx.record(model, optimizer, "cross_entropy", data, out=tmp_path / "new", segments=2)
