@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kxexplain.errors import KxError
 from kxexplain.gradients.capture import Capture
-from kxexplain.gradients.factors import Dense, Factors, concatenate, signature
+from kxexplain.gradients.factors import Dense, Factors, concatenate
 from kxexplain.gradients.measuring import measure
 from kxexplain.gradients.ordinary import checked, differentiate, layout_of
 from kxexplain.gradients.products import dot
@@ -258,10 +258,6 @@ def _extents(
 
 
 def _joined(parts: list[Secant]) -> Secant:
-    if len({signature(part.factors) for part in parts}) > 1:
-        parts = [
-            Secant(p.start, p.end, [d for f in p.factors for d in f.dense()], p.correction, p.direction) for p in parts
-        ]
     corrections = [p.correction for p in parts]
     correction = None
     if any(c is not None for c in corrections):
