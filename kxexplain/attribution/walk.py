@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kxexplain.errors import ArgumentError
-from kxexplain.gradients.factors import Factors, scale, take
+from kxexplain.gradients.factors import Factors, Outer, scale, take
 from kxexplain.gradients.ordinary import StepGradients, layout_of
 from kxexplain.gradients.pile import Pile, bytes_per_row
 from kxexplain.gradients.uses import Layout
@@ -205,14 +205,20 @@ class Walk:
         self.parameters, self.layout = watched(replayer)
         replayer.seek(0)
         self._visits = Visits()
+        self._watch = watch_of(replayer, self.layout, self.parameters, jacobian=jacobian)
+        self._known: tuple[object, Split | None] = (None, None)
 
     @property
     def drift(self) -> float | None:
         """How far replay has come off the recorded states."""
         return self.replayer.drift
 
-    def _split(self, step: int) -> Split | None:
-        return split(self.trajectory.manifest.optimizer, self.trajectory.steps[step])
+    def _split(self, record: StepRecord) -> Split | None:
+        """How this step splits, which is as the last one did while the rates stay."""
+        rates = (record.rates, record.sign, record.clip)
+        if rates != self._known[0]:
+            self._known = (rates, split(self.trajectory.manifest.optimizer, record))
+        return self._known[1]
 
     def visit(self, visitor: Visitor, segments: range | None = None) -> None:
         """Replay the trajectory, or consecutive segments of it whose first begins at a recorded state."""
@@ -249,13 +255,14 @@ class Walk:
 
     def _step(self, segment: Segment, movement: Movement, visitor: Visitor) -> None:
         step = self.replayer.position
-        parts, record = self._split(step), self.trajectory.steps[step]
+        record = self.trajectory.steps[step]
+        parts = self._split(record)
         if parts is None or (self.wanted is not None and not bool(self.wanted[record.indices].any())):
             self.replayer.advance()
         else:
-            decaying = self.wanted is None and any(parts.decay.values())
+            decaying = self.wanted is None and parts.decays
             before = self.replayer.copy_state() if decaying else {}
-            watch = watch_of(self.replayer, self.layout, self.parameters, jacobian=self.jacobian)
+            watch = self._watch.renewed(len(record.indices))
             taken = self.replayer.advance(watch)
             if self.wanted is None:
                 movement.add(parts, watch.accounted(taken.gradients), before, taken.penalty)
@@ -265,14 +272,13 @@ class Walk:
     def _keep(self, watch: StepGradients, record: StepRecord, parts: Split, segment: Segment, visitor: Visitor) -> None:
         """Gather what one step's examples did; the arithmetic waits until many steps can share it."""
         share = share_of(self.trajectory, record)
-        rates = set(parts.gradient.values())
-        factors, weight = watch.factors, rates.pop()
-        if rates:
+        factors, weight = watch.factors, parts.common
+        if weight is None:
             factors, weight = scale(factors, parts.gradient), 1.0
         jacobian = None
         if watch.jacobian is not None:
             jacobian = scale(watch.jacobian, {name: -factor * share for name, factor in parts.gradient.items()})
-        indices, pull = torch.as_tensor(record.indices), watch.pull
+        indices, pull = torch.from_numpy(record.indices), watch.pull
         if self.wanted is not None:
             rows = self.wanted[indices].nonzero().squeeze(1)
             factors, indices, pull = take(factors, rows), indices[rows], pull[rows]
@@ -291,6 +297,7 @@ class Walk:
     def _flush(self, segment: Segment, visitor: Visitor) -> None:
         """Hand the gathered updates over."""
         if self._visits.indices:
+            self._watch.renewed(0)  # what the last step left behind needs no memory meanwhile
             visitor.updates(segment, self._visits.joined())
             self._visits.clear()
 
@@ -333,12 +340,16 @@ class Visits:
         return jacobian is None or (self.jacobian is not None and self.jacobian.fits(jacobian, rows))
 
     def make_room(self, factors: Factors, rows: int, jacobian: Factors | None, budget: int, visits: int) -> None:
-        """Room for so many visits, or as many as the budget (in bytes) allows."""
-        each = bytes_per_row([*factors, *(jacobian or [])], rows)
+        """Room for so many visits, or as many as the budget (in bytes) allows.
+
+        Inputs that stay in their batches count twice: somebody may ask for them.
+        """
+        gathered = [*factors, *(jacobian or [])]
+        each = bytes_per_row([*gathered, *(f for f in gathered if isinstance(f, Outer) and f.raw is not None)], rows)
         capacity = max(rows, min(visits, budget // each))
         if self.factors is None or self.factors.capacity < capacity or not self.fits(factors, rows, jacobian):
-            self.factors = Pile(factors, capacity)
-            self.jacobian = None if jacobian is None else Pile(jacobian, capacity)
+            self.factors = Pile(factors, capacity, served=True)
+            self.jacobian = None if jacobian is None else Pile(jacobian, capacity, served=True)
 
     def add(self, factors: Factors, weight: float, jacobian: Factors | None, indices: Tensor, pull: Tensor) -> None:
         """Add one step's examples; ``pull`` is −∂ℓ/∂f, [n, C]."""
