@@ -80,19 +80,19 @@ class Movement:
 
     def add(self, parts: Split, gradients: Tensors, before: Tensors, penalty: Tensors | None = None) -> None:
         """Account for one step."""
-        _add(self.gradient, gradients, {name: parts.gradient[name] for name in gradients})
-        _add(self.penalty, penalty or {}, {name: parts.gradient[name] for name in penalty or {}})
-        decaying = {name: parts.decay[name] for name in gradients if parts.decay[name] != 0}
-        _add(self.decay, {name: before[name] for name in decaying}, decaying)
+        _add(self.gradient, gradients, parts.gradient)
+        if penalty:
+            _add(self.penalty, penalty, parts.gradient)
+        if parts.decays:
+            _add(self.decay, {name: before[name] for name in gradients if parts.decay[name] != 0}, parts.decay)
 
 
 def _add(sums: Tensors, values: Tensors, by: dict[str, float]) -> None:
     """Add by · values to the sums, all parameters of one factor in one call."""
-    for name, value in values.items():
-        if name not in sums:
-            sums[name] = torch.zeros_like(value)
-    for factor in set(by.values()):
-        names = [name for name, own in by.items() if own == factor]
+    for name in values.keys() - sums.keys():
+        sums[name] = torch.zeros_like(values[name])
+    for factor in {by[name] for name in values}:
+        names = [name for name in values if by[name] == factor]
         torch._foreach_add_([sums[name] for name in names], [values[name] for name in names], alpha=factor)
 
 

@@ -212,7 +212,9 @@ def assemble_linear(use: Use, gradients: Tensor) -> Factors:
     rearranged = weight is None or any(source.index is not None for source in use.sources.values())
     name = None if bias is None else bias.name
     if weight is not None and not rearranged and use.axis == FIRST and x.dim() == 2:  # the commonest, by far
-        return [Outer(weight.name, name, x.unsqueeze(1), stacked(use, gradients).unsqueeze(2), transposed)]
+        one = gradients.shape[0] == 1
+        g = gradients.reshape(len(x), 1, 1, -1) if one else stacked(use, gradients).unsqueeze(2)
+        return [Outer(weight.name, name, x.unsqueeze(1), g, transposed)]
     a = rows_first(x, use.axis, use.rows).reshape(use.rows, -1, x.shape[-1])
     g = stacked(use, gradients).reshape(use.rows, gradients.shape[0], -1, gradients.shape[-1])
     if weight is not None and not rearranged:
