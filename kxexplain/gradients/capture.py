@@ -50,6 +50,7 @@ class Capture(TorchFunctionMode):
         self.free: list[bool] = []
         self.sources: dict[int, Source] = {}
         self.begin(rows)
+        self._find_sources()
 
     def begin(self, rows: int) -> None:
         """Forget what was seen: another batch of so many examples comes."""
@@ -61,7 +62,6 @@ class Capture(TorchFunctionMode):
         self.lengths: dict[tuple[Place, Any], int] = {}
         self.place: Place = (0, 0)
         self.derivations = Derivations(parameters)
-        self._find_sources()
 
     def around(self) -> AbstractContextManager[Any]:
         """Entered around the forward pass."""

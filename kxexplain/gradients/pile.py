@@ -25,10 +25,12 @@ class Pile:
 
     def __init__(self, like: Factors, capacity: int, *, served: bool = False) -> None:
         self.signature, self.capacity, self.rows = signature(like), capacity, 0
-        self._served = [served and isinstance(f, Outer) and f.raw is not None for f in like]
-        self._batches: list[list[Tensor]] = [[] for _ in like]
-        self._room = [_room(f, capacity, own) for f, own in zip(like, self._served, strict=True)]
-        self._inputs, self._values = self._parts(self._room)
+        self._batches: dict[int, list[Tensor]] = {
+            at: [] for at, f in enumerate(like) if served and isinstance(f, Outer) and f.raw is not None
+        }
+        self._room = [_room(f, capacity, at in self._batches) for at, f in enumerate(like)]
+        self._values = [room.g if isinstance(room, Outer) else room.values for room in self._room]
+        self._tensors = self._copied(self._room)
         self._weights: list[tuple[int, float]] = []
         """From which row on the gradients are still to be multiplied by what."""
 
@@ -39,11 +41,11 @@ class Pile:
     def add(self, factors: Factors, rows: int, weight: float) -> None:
         """Add the gradients of one pass, times a number."""
         start, stop = self.rows, self.rows + rows
-        inputs, values = self._parts(factors)
-        torch._foreach_copy_([room[start:stop] for room in self._inputs + self._values], inputs + values)
-        for batches, own, factor in zip(self._batches, self._served, factors, strict=True):
-            if own and isinstance(factor, Outer):
-                batches.append(factor.a)
+        torch._foreach_copy_([room[start:stop] for room in self._tensors], self._copied(factors))
+        for at, batches in self._batches.items():
+            factor = factors[at]
+            assert isinstance(factor, Outer)
+            batches.append(factor.a)
         if not self._weights or self._weights[-1][1] != weight:
             self._weights.append((start, weight))
         self.rows = stop
@@ -58,26 +60,28 @@ class Pile:
         self._weigh()
         rows = slice(0, self.rows)
         return [
-            Served(room, room.g[rows], _joining(batches)) if isinstance(room, Outer) and own else room.take(rows)
-            for room, batches, own in zip(self._room, self._batches, self._served, strict=True)
+            Served(room, room.g[rows], _joining(self._batches[at]))
+            if isinstance(room, Outer) and at in self._batches
+            else room.take(rows)
+            for at, room in enumerate(self._room)
         ]
 
     def clear(self) -> None:
         """Make room."""
         self.rows, self._weights = 0, []
-        self._batches = [[] for _ in self._room]
+        self._batches = {at: [] for at in self._batches}
 
-    def _parts(self, factors: Factors) -> tuple[list[Tensor], list[Tensor]]:
-        """The inputs that are copied, and what a weight multiplies."""
-        inputs, values = [], []
-        for factor, own in zip(factors, self._served, strict=True):
+    def _copied(self, factors: Factors) -> list[Tensor]:
+        """What is copied of such factors."""
+        tensors = []
+        for at, factor in enumerate(factors):
             if isinstance(factor, Outer):
-                values.append(factor.g)
-                if not own:
-                    inputs.append(factor.a)
+                if at not in self._batches:
+                    tensors.append(factor.a)
+                tensors.append(factor.g)
             else:
-                values.append(factor.values)
-        return inputs, values
+                tensors.append(factor.values)
+        return tensors
 
     def _weigh(self) -> None:
         """Multiply what was added with its weights, all rows of one weight in one call."""
@@ -89,9 +93,9 @@ class Pile:
 
 
 def _room(like: Factor, capacity: int, served: bool) -> Factor:
-    """Room for so many examples' gradients, without their inputs where these stay where they are."""
+    """Room for so many examples' gradients, without one for inputs that stay where they are."""
     if served and isinstance(like, Outer):
-        return Served(like, like.g.new_empty(capacity, *like.g.shape[1:]), lambda: like.a)
+        return Served(like, like.g.new_empty(capacity, *like.g.shape[1:]), _joining([]))
     return like.emptied(capacity)
 
 
