@@ -112,7 +112,7 @@ class _Costate:
         self.position = dict.fromkeys(self.walk.parameters, POSITION if self.walk.charge else NONE)
         self.segment, self.written = segment, {}
         with torch.random.fork_rng(devices=[]):
-            self.secants = self.walk.side.secants(segment.start, segment.end, self.rows)
+            self.secants = self.walk.side.secants(segment.change(self.walk.side.names), self.rows)
 
     def _step(self, step: Step, segment: Segment) -> None:
         gradient: dict[str, Mixture] = {}

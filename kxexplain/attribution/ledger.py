@@ -52,7 +52,7 @@ class Ledger:
         held_segment, held_rows, held = self._held
         if held_segment is not segment or held_rows != rows:
             with torch.random.fork_rng(devices=[]):
-                held = self.side.secants(segment.start, segment.end, rows)
+                held = self.side.secants(segment.change(self.side.names), rows)
             self._held = (segment, rows, held)
         return held
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kxexplain.attribution.targets import ResolvedTarget, TargetSpec, resolve_target
 from kxexplain.errors import DatasetError, KxError, ModelError, TargetError
-from kxexplain.gradients.discrete import DiscreteGradient, Secant
+from kxexplain.gradients.discrete import Change, DiscreteGradient, Secant
 from kxexplain.gradients.factors import size
 from kxexplain.kernels.quadrature import Rule
 from kxexplain.shapes import Inputs, Tensors
@@ -151,17 +151,16 @@ class QuerySide:
         """Queries in portions whose gradients fit the budget."""
         return [slice(at, min(at + self.chunk, self.rows)) for at in range(0, self.rows, self.chunk)]
 
-    def secants(self, start: Tensors, end: Tensors, rows: slice) -> list[tuple[float, Secant]]:
-        """The gradients that stand for some queries between two states, with their weights."""
-        start, end = ({name: state[name] for name in self.names} for state in (start, end))
-        inputs, select = take(self.inputs, rows), self.target.select
+    def secants(self, change: Change, rows: slice) -> list[tuple[float, Secant]]:
+        """The gradients that stand for some queries along a change, with their weights."""
+        gradient, inputs, select = self.ends.gradient, take(self.inputs, rows), self.target.select
         target = lambda values, within: select(values, _within(rows, within))  # noqa: E731
         if self.rule.exact:
-            return [(1.0, self.ends.gradient(start, end, inputs, target))]
+            return [(1.0, gradient.along(change, inputs, target))]
         made = []
         for position, weight in self.rule.nodes:
-            at = {name: torch.lerp(start[name], end[name], position) for name in self.names}
-            made.append((weight, self.ends.gradient(at, at, inputs, target)))
+            at = {name: torch.lerp(change.start[name], change.end[name], position) for name in self.names}
+            made.append((weight, gradient(at, at, inputs, target)))
         return made
 
     def _steady(self) -> Tensor | None:
@@ -180,7 +179,7 @@ class QuerySide:
         if one not in self.ends.sizes:
             few = slice(0, min(3, self.rows))
             with torch.random.fork_rng(devices=[]):
-                made = self.secants(*self.ends.values(), few)
+                made = self.secants(Change.between(*self.ends.values(), self.names), few)
             self.ends.sizes[one] = sum(size(secant.factors) for _, secant in made) // (few.stop or 1)
         return max(1, min(self.rows, self.budget // 8 // max(1, self.ends.sizes[one])))
 
@@ -270,7 +269,8 @@ def first_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
     try:
         together = evaluate(model, inputs)
         failing = "the model takes the queries together, but not one alone (batch norm needs track_running_stats=True)"
-        alone, again = (evaluate(model, take(inputs, slice(0, 1))) for _ in range(2))
+        alone = evaluate(model, take(inputs, slice(0, 1)))
+        again = evaluate(model, take(inputs, slice(0, 1))) if count(inputs) > 1 else together
     except (KxError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -114,7 +114,8 @@ def _loss(outputs: Tensor, labels: Tensor | None, loss: LossFunction | None, sha
 
     def select(values: Tensor, rows: Tensor | slice) -> Tensor:
         assert loss is not None
-        return loss(values.reshape(-1, *shape), known[rows]).reshape(-1, 1)
+        losses = loss(values if len(shape) == 1 else values.reshape(-1, *shape), known[rows])
+        return losses.reshape(-1, 1)
 
     return ResolvedTarget("loss", select, None, None)
 

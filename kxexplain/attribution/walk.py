@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kxexplain.errors import ArgumentError
+from kxexplain.gradients.discrete import Change
 from kxexplain.gradients.factors import Factors, Outer, scale, take
 from kxexplain.gradients.ordinary import StepGradients, layout_of
 from kxexplain.gradients.pile import Pile, bytes_per_row
@@ -38,6 +39,13 @@ class Segment:
     start: Tensors
     find_end: Callable[[], Tensors]
     _end: Tensors | None = None
+    _change: Change | None = None
+
+    def change(self, names: list[str]) -> Change:
+        """What it changed of these names' values, which are the same whoever asks."""
+        if self._change is None:
+            self._change = Change.between(self.start, self.end, names)
+        return self._change
 
     @property
     def end(self) -> Tensors:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -79,6 +80,23 @@ class Capture(TorchFunctionMode):
         """The forward code has come to its next call (told by a tracer that makes several calls of one)."""
         if call != self.place[0]:
             self.place = (call, 0)
+
+    def shifted(self, value: Tensor, shift: Tensor) -> Tensor:
+        """What an operation has just made plus a constant, which is no operation of the forward code.
+
+        In place where no other tensor shares the memory: the graph stays. A value that parameters alone were made into
+        is computed again later (:class:`Derivations`), and the constant with it.
+        """
+        if id(value) not in self.sources and value.grad_fn is not None and not value._is_view():
+            with torch.no_grad():
+                return value.add_(shift)
+        with torch.enable_grad():
+            output = value + shift
+        if id(value) in self.sources:
+            derived = self.derivations.derive(torch.add, (value, shift), {}, output, self.sources)
+            assert derived is not None
+            self.sources[id(output)] = derived
+        return output
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None

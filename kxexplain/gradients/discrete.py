@@ -3,7 +3,7 @@ r"""The discrete gradient of a model between two parameter vectors: ⟨D(x), θ'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kxexplain.errors import KxError
 from kxexplain.gradients.capture import Capture
-from kxexplain.gradients.factors import Dense, Factors, concatenate, signature
+from kxexplain.gradients.factors import Dense, Factors, concatenate
 from kxexplain.gradients.measuring import measure
 from kxexplain.gradients.ordinary import checked, differentiate, layout_of
 from kxexplain.gradients.products import dot
@@ -53,6 +53,30 @@ class Secant:
         return found + self.correction * torch.stack(shared).sum() if shared else found
 
 
+@dataclass(frozen=True)
+class Change:
+    """A change of parameters and buffers, by name; made once for all queries asked about it.
+
+    Attributes:
+        start: θ.
+        end: θ'.
+        middle: (θ+θ')/2, leaves of autograd graphs.
+        direction: Δ = θ'−θ.
+    """
+
+    start: Tensors
+    end: Tensors
+    middle: Tensors
+    direction: Tensors
+
+    @classmethod
+    def between(cls, start: Tensors, end: Tensors, names: Iterable[str]) -> Change:
+        """The change of these names' values."""
+        start, end = ({name: state[name] for name in names} for state in (start, end))
+        middle = {name: ((start[name] + end[name]) / 2).requires_grad_() for name in start}
+        return cls(start, end, middle, {name: end[name] - start[name] for name in start})
+
+
 class DiscreteGradient:
     """Makes discrete gradients of one model; measures once where the model keeps its examples.
 
@@ -77,47 +101,47 @@ class DiscreteGradient:
 
     def __call__(self, start: Tensors, end: Tensors, inputs: Inputs, target: Target) -> Secant:
         """Discrete gradients from ``start`` to ``end`` (values by name) for a batch of n inputs."""
-        self._look_at(start, end, inputs)
+        return self.along(Change.between(start, end, self.names), inputs, target)
+
+    def along(self, change: Change, inputs: Inputs, target: Target) -> Secant:
+        """As called, for a change of :attr:`names` that others may be asked about, too."""
+        self._look_at(change, inputs)
         rows = count(inputs)
         if not self.one_by_one or rows == 1:
-            made, mixed = self._whole(start, end, inputs, target, slice(None))
+            made, mixed = self._whole(change, inputs, target, slice(None))
             if not mixed or rows == 1:
                 return made
             self.one_by_one, self.layout = True, None
         singles = [
-            self._whole(start, end, take(inputs, slice(i, i + 1)), target, slice(i, i + 1))[0] for i in range(rows)
+            self._whole(change, take(inputs, at), target, at)[0] for at in (slice(i, i + 1) for i in range(rows))
         ]
         return _joined(singles)
 
-    def _look_at(self, start: Tensors, end: Tensors, inputs: Inputs) -> None:
+    def _look_at(self, change: Change, inputs: Inputs) -> None:
         """Forget what was measured on inputs of another length or kind, or on too few of them to tell them apart."""
         like, examples = [(path, leaf.dtype, leaf.shape[1:]) for path, leaf in leaves(inputs)], min(3, count(inputs))
         if like != self.like or examples > self.examples:
             self.like, self.examples, self.layout, self.one_by_one = like, examples, None, False
-            self.traceable = self._agrees(start, end, inputs)
+            self.traceable = self._agrees(change, inputs)
 
-    def _whole(
-        self, start: Tensors, end: Tensors, inputs: Inputs, target: Target, rows: Tensor | slice
-    ) -> tuple[Secant, bool]:
+    def _whole(self, change: Change, inputs: Inputs, target: Target, rows: Tensor | slice) -> tuple[Secant, bool]:
         """The gradients, and whether examples were mixed on the way."""
         if self.traceable:
             try:
-                values, factors, trace = self._trace(start, end, inputs, target, rows)
-                secant = self._finish(start, end, values, factors, trace.inexact)
+                values, factors, trace = self._trace(change, inputs, target, rows)
+                secant = self._finish(change, values, factors, trace.inexact)
                 if trace.inexact or trace.mixed or _adds_up(secant):
                     return secant, trace.mixed
             except (KxError, torch.OutOfMemoryError):
                 raise
             except Exception:  # a branch that this segment crosses, a target that leaves torch
                 pass
-        return self._at_midpoint(start, end, inputs, target, rows), False
+        return self._at_midpoint(change, inputs, target, rows), False
 
-    def _at_midpoint(
-        self, start: Tensors, end: Tensors, inputs: Inputs, target: Target, rows: Tensor | slice
-    ) -> Secant:
+    def _at_midpoint(self, change: Change, inputs: Inputs, target: Target, rows: Tensor | slice) -> Secant:
         """The whole model as one operation: its ordinary gradient halfway, and the correction."""
-        values = tuple(target(self._plain(where, inputs), rows) for where in (start, end))
-        self._set({name: (start[name] + end[name]) / 2 for name in self.names})
+        values = tuple(target(self._plain(where, inputs), rows) for where in (change.start, change.end))
+        self._set(change.middle)
         parameters = {name: v for name, v in self.variables.items() if v.requires_grad}
         layout = layout_of(self.model, inputs, parameters)
         capture, inputs = Capture(parameters, layout, count(inputs)), copied(inputs)
@@ -126,12 +150,10 @@ class DiscreteGradient:
                 outputs = outputs_2d(call(self.model, inputs))
             middle = target(outputs, rows)
             factors = differentiate(middle, capture, parameters)
-        return self._finish(start, end, values, factors, correct=True)
+        return self._finish(change, values, factors, correct=True)
 
-    def _finish(
-        self, start: Tensors, end: Tensors, values: tuple[Tensor, ...], factors: Factors, correct: bool
-    ) -> Secant:
-        direction = {name: end[name] - start[name] for name in self.names}
+    def _finish(self, change: Change, values: tuple[Tensor, ...], factors: Factors, correct: bool) -> Secant:
+        direction = change.direction
         if not factors:  # nothing that autograd can see: the correction, if any, is the whole gradient
             name, moved = next(iter(direction.items()))
             factors = [Dense(name, values[0].new_zeros(*values[0].shape, moved.numel()))]
@@ -143,49 +165,46 @@ class DiscreteGradient:
         return Secant(values[0], values[1], factors, correction, direction)
 
     def _trace(
-        self, start: Tensors, end: Tensors, inputs: Inputs, target: Target, rows: Tensor | slice
+        self, change: Change, inputs: Inputs, target: Target, rows: Tensor | slice
     ) -> tuple[tuple[Tensor, Tensor], Factors, Trace]:
-        middles = {name: ((start[name] + end[name]) / 2).requires_grad_() for name in self.names}
         if self.layout is None:
-            self.layout = self._measure(start, end, middles, inputs)
-        capture = Capture(middles, self.layout, count(inputs))
-        outputs, trace = self._run(start, end, middles, inputs, capture)
+            self.layout = self._measure(change, inputs)
+        capture = Capture(change.middle, self.layout, count(inputs))
+        outputs, trace = self._run(change, inputs, capture)
         with torch.enable_grad():
             values = target(outputs, rows)
             if not isinstance(values, TwoPoint):
-                return (values, values), differentiate(values, capture, middles), trace
-            factors = differentiate(values.middle, capture, middles)
+                return (values, values), differentiate(values, capture, change.middle), trace
+            factors = differentiate(values.middle, capture, change.middle)
         return (values.start, values.end), factors, trace
 
-    def _run(
-        self, start: Tensors, end: Tensors, middles: Tensors, inputs: Inputs, capture: Capture
-    ) -> tuple[Tensor, Trace]:
+    def _run(self, change: Change, inputs: Inputs, capture: Capture) -> tuple[Tensor, Trace]:
         trace = Trace(count(inputs), capture, self.extents)
         pairs = {}
         for name in self.names:
-            pair = TwoPoint(start[name], end[name], middles[name], trace)
+            pair = TwoPoint(change.start[name], change.end[name], change.middle[name], trace)
             pair.extent = Extent.FIXED
             pairs[id(self.variables[name])] = pair
         inputs = copied(inputs)
         with torch.enable_grad(), Substitution(pairs, trace):
             return outputs_2d(call(self.model, inputs)), trace
 
-    def _measure(self, start: Tensors, end: Tensors, middles: Tensors, inputs: Inputs) -> Layout:
+    def _measure(self, change: Change, inputs: Inputs) -> Layout:
         size = 1 if self.one_by_one else count(inputs)
         traces: dict[int, Trace] = {}
         self.extents = {}
 
         def run(order: Tensor, capture: Capture) -> Tensor:
-            outputs, trace = self._run(start, end, middles, take(inputs, order % size), capture)
+            outputs, trace = self._run(change, take(inputs, order % size), capture)
             traces.setdefault(len(order), trace)
             return outputs.middle if isinstance(outputs, TwoPoint) else outputs
 
         with torch.enable_grad():
-            layout = measure(run, middles)
+            layout = measure(run, change.middle)
             self.extents = _extents(traces[2].shapes, traces[3].shapes)
             if traces[3].asked:  # operations without a rule are taken by example only now that the examples are found
-                layout = measure(run, middles)
-            return checked(layout, run, middles)
+                layout = measure(run, change.middle)
+            return checked(layout, run, change.middle)
 
     def _set(self, values: Tensors) -> None:
         with torch.no_grad():
@@ -197,12 +216,11 @@ class DiscreteGradient:
         with torch.no_grad():
             return outputs_2d(call(self.model, copied(inputs)))
 
-    def _agrees(self, start: Tensors, end: Tensors, inputs: Inputs) -> bool:
+    def _agrees(self, change: Change, inputs: Inputs) -> bool:
         """Whether following the code gives the model's own outputs at both ends."""
-        middles = {name: ((start[name] + end[name]) / 2).requires_grad_() for name in self.names}
         batch = take(inputs, slice(0, 2))
         try:
-            outputs, _ = self._run(start, end, middles, batch, Capture({}, Layout({}, {}), count(batch)))
+            outputs, _ = self._run(change, batch, Capture({}, Layout({}, {}), count(batch)))
         except (KxError, torch.OutOfMemoryError):
             raise
         except Exception:  # Untraceable, or whatever the model's own code raises when it is followed
@@ -210,7 +228,7 @@ class DiscreteGradient:
         if not isinstance(outputs, TwoPoint):
             return True
         tolerance = torch.finfo(outputs.start.dtype).eps ** 0.5
-        pairs = ((outputs.start, self._plain(start, batch)), (outputs.end, self._plain(end, batch)))
+        pairs = ((outputs.start, self._plain(change.start, batch)), (outputs.end, self._plain(change.end, batch)))
         return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max())) for a, b in pairs)
 
 
@@ -219,11 +237,11 @@ def _adds_up(secant: Secant) -> bool:
 
     It is not where part of the model computes out of sight: again, while going backward (checkpointing).
     """
-    missing = secant.end - secant.start - secant.along(secant.direction)
-    eps = float(torch.finfo(secant.start.dtype).eps)
-    rounding = 1e3 * eps * (float(secant.start.norm()) + float(secant.end.norm()))
-    allowed = math.sqrt(eps) * float((secant.end - secant.start).norm()) + rounding
-    return float(missing.norm()) <= allowed
+    change = secant.end - secant.start
+    parts = torch.stack([change - secant.along(secant.direction), change, secant.start, secant.end]).flatten(1)
+    missing, moved, first, last = torch.linalg.vector_norm(parts, dim=1).tolist()
+    eps = torch.finfo(secant.start.dtype).eps
+    return bool(missing <= math.sqrt(eps) * moved + 1e3 * eps * (first + last))
 
 
 def _extents(
@@ -240,10 +258,6 @@ def _extents(
 
 
 def _joined(parts: list[Secant]) -> Secant:
-    if len({signature(part.factors) for part in parts}) > 1:
-        parts = [
-            Secant(p.start, p.end, [d for f in p.factors for d in f.dense()], p.correction, p.direction) for p in parts
-        ]
     corrections = [p.correction for p in parts]
     correction = None
     if any(c is not None for c in corrections):

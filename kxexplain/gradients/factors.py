@@ -211,12 +211,16 @@ def scale(factors: Factors, by: Mapping[str, float]) -> Factors:
 
 
 def concatenate(pieces: Sequence[Factors]) -> Factors:
-    """The examples of several passes one after the other; every pass must have met the same uses."""
-    first = pieces[0]
+    """The examples of several passes one after the other.
+
+    Where passes met different uses the gradients are written out, with zeros for what a pass did not meet.
+    """
     if len(pieces) == 1:
-        return first
+        return pieces[0]
+    if len({signature(piece) for piece in pieces}) > 1:
+        pieces = _alike(pieces)
     joined: Factors = []
-    for position, head in enumerate(first):
+    for position, head in enumerate(pieces[0]):
         column = [piece[position] for piece in pieces]
         if isinstance(head, Outer):
             outers = [f for f in column if isinstance(f, Outer)]
@@ -225,6 +229,16 @@ def concatenate(pieces: Sequence[Factors]) -> Factors:
         else:
             joined.append(replace(head, values=torch.cat([f.values for f in column if isinstance(f, Dense)])))
     return joined
+
+
+def _alike(pieces: Sequence[Factors]) -> list[Factors]:
+    """The same gradients written out, every piece with an entry for each parameter that one of them has."""
+    written = [{d.weight: d for d in merge([d for f in piece for d in f.dense()])} for piece in pieces]
+    everything = {name: d for part in written for name, d in part.items() if isinstance(d, Dense)}
+    return [
+        [part.get(name, d.zeros(piece[0].rows)) for name, d in everything.items()]
+        for part, piece in zip(written, pieces, strict=True)
+    ]
 
 
 def signature(factors: Factors) -> tuple[object, ...]:

@@ -178,6 +178,8 @@ def _outer(factor: Outer, sides: Sides) -> Tensor:
 def _dense(factor: Dense, sides: Sides) -> Tensor:
     """l_jᵀ G r_j, the longer side first, [n, c, k]."""
     left, right = sides
+    if right.shape[1] == 1:  # a vector, whose other side is ones
+        return factor.values @ left.T
     matrix = factor.values.unflatten(2, (left.shape[1], right.shape[1]))
     if left.shape[1] > right.shape[1]:
         left, right, matrix = right, left, matrix.transpose(2, 3)

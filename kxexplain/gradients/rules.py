@@ -75,8 +75,7 @@ def settle(middle: Tensor, start: Tensor, end: Tensor, trace: Trace) -> Tensor:
     """The middle's graph with the mean of the ends for value, on which later midpoint derivatives rely."""
     with torch.no_grad():
         shift = torch.lerp(start, end, 0.5).sub_(middle).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    with trace.watching():
-        return middle + shift
+    return trace.watch.shifted(middle, shift)
 
 
 def same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,7 +116,8 @@ def relu(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     """ReLU, in closed form."""
     u = args[0]
     with torch.no_grad():
-        return scaled(u, relu_slope(u.start, u.end), u.start.clamp_min(0), u.end.clamp_min(0))
+        start, end = u.start.clamp_min(0), u.end.clamp_min(0)
+        return scaled(u, relu_slope(u.start, u.end, (start, end)), start, end)
 
 
 def scaled(u: TwoPoint, gain: Tensor, start: Tensor, end: Tensor) -> TwoPoint:

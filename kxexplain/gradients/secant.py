@@ -79,29 +79,31 @@ def kinked_slope(
     return torch.where(across, (values[1] - values[0]) / width, smooth)
 
 
-def relu_slope(start: Tensor, end: Tensor) -> Tensor:
-    """Secant slope of ReLU; where the ends meet, autograd's convention (0 at 0).
+def relu_slope(start: Tensor, end: Tensor, values: tuple[Tensor, Tensor]) -> Tensor:
+    """Secant slope of ReLU, whose values are given; where the ends meet, autograd's convention (0 at 0).
 
     >>> import torch
-    >>> relu_slope(torch.tensor([-1.0, 1.0, -2.0]), torch.tensor([3.0, 2.0, -1.0]))
-    tensor([0.7500, 1.0000, 0.0000])
+    >>> u, v = torch.tensor([-1.0, 1.0, -2.0, 3.0]), torch.tensor([3.0, 2.0, -1.0, 3.0])
+    >>> relu_slope(u, v, (u.relu(), v.relu()))
+    tensor([0.7500, 1.0000, 0.0000, 1.0000])
     """
-    width = end - start
-    rise = end.clamp_min(0) - start.clamp_min(0)
+    width, rise = end - start, values[1] - values[0]
     still = width == 0
-    return torch.where(still, (start > 0).to(start.dtype), rise / width.masked_fill(still, 1.0))
+    return torch.where(still, start > 0, rise.div_(width.masked_fill_(still, 1.0)))
 
 
 def logarithmic_mean(log_start: Tensor, log_end: Tensor) -> Tensor:
     r"""L(p, p') = (p'−p)/(log p'−log p), from the logarithms; L(p, p) = p. Never overflows for p ≤ 1.
 
+    A gap of zero counts as the smallest number ε, for which (1 − e^−ε)/ε is 1.
+
     >>> import torch
     >>> logarithmic_mean(torch.tensor([0.0, 0.0]), torch.tensor([0.0, -1.0]))
     tensor([1.0000, 0.6321])
     """
-    gap = torch.nan_to_num((log_end - log_start).abs(), nan=0.0, posinf=torch.inf)  # both −∞: L(0, 0) = 0
-    ratio = torch.where(gap == 0, torch.ones_like(gap), -torch.expm1(-gap) / gap.masked_fill(gap == 0, 1.0))
-    return torch.maximum(log_start, log_end).exp() * ratio
+    gap = (log_end - log_start).abs_().nan_to_num_(nan=0.0, posinf=torch.inf)  # both −∞: L(0, 0) = 0
+    gap.clamp_min_(torch.finfo(gap.dtype).tiny)
+    return torch.maximum(log_start, log_end).exp_() * torch.expm1(-gap).div_(-gap)
 
 
 def rank_one_residual(residual: Tensor, step_norm: Tensor) -> Tensor:

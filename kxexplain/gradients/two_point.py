@@ -8,8 +8,7 @@ the discrete gradient D with ⟨D, θ'−θ⟩ = f(θ')−f(θ), exactly and for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
@@ -32,6 +31,9 @@ class Watch(Protocol):
 
     def enter(self, call: int) -> None:
         """The forward code has come to this call."""
+
+    def shifted(self, value: Tensor, shift: Tensor) -> Tensor:
+        """What an operation has just made, with another value in the same graph."""
 
     def __enter__(self) -> Any: ...
 
@@ -100,12 +102,28 @@ class Trace:
             self.mixed = True
         return False
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> Watched:
         """Entered around every operation on middle values: they are part of the graph, and seen."""
-        self.watch.enter(self.call)
-        with torch.enable_grad(), self.watch:
-            yield
+        return Watched(self)
+
+
+class Watched:
+    """:meth:`Trace.watching`, written out: there are many in every pass."""
+
+    __slots__ = ("grad", "trace")
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+
+    def __enter__(self) -> None:
+        self.grad = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        self.trace.watch.enter(self.trace.call)
+        self.trace.watch.__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        self.trace.watch.__exit__(*details)
+        torch.set_grad_enabled(self.grad)
 
 
 class TwoPoint(Tensor):
@@ -141,6 +159,14 @@ class TwoPoint(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         raise Untraceable(f"{func} reached a tensor that is known at two points")
+
+    @staticmethod
+    def beside(parts: Sequence[TwoPoint]) -> TwoPoint:
+        """Tensors [n, c] side by side, as by ``torch.cat``; the mean of the ends stays the mean."""
+        with parts[0].tracer.watching():
+            middle = torch.cat([part.middle for part in parts], 1)
+        start, end = (torch.cat([getattr(part, at) for part in parts], 1) for at in ("start", "end"))
+        return TwoPoint(start, end, middle, parts[0].tracer)
 
     def become(self, other: TwoPoint) -> TwoPoint:
         """Take the other's values, as an in-place operation does."""

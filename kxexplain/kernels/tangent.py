@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError, DatasetError, KxError, ModelError
-from kxexplain.gradients.factors import Dense, Factors, concatenate, merge, signature
+from kxexplain.gradients.factors import Factors, concatenate
 from kxexplain.gradients.factors import take as rows_of
 from kxexplain.gradients.ordinary import layout_of, output_gradients, trainable
 from kxexplain.gradients.pile import Pile, bytes_per_row
@@ -99,7 +99,7 @@ class TangentKernel:
                 pile.add(made, part.stop - part.start, 1.0)
             else:
                 others.append(made)
-        return joined_factors([pile.gathered(), *others])
+        return concatenate([pile.gathered(), *others])
 
     def _differentiated(self, inputs: Inputs, rows: Span) -> Factors:
         return output_gradients(self.model, take(inputs, rows), self.layout, self._select())[1]
@@ -155,18 +155,6 @@ def _part(factors: Factors, held: Span, wanted: Span) -> Factors:
     if held == wanted:
         return factors
     return rows_of(factors, slice(wanted.start - held.start, wanted.stop - held.start))
-
-
-def joined_factors(pieces: list[Factors]) -> Factors:
-    """Pieces one after the other; written out where passes met different uses, zero where one met none."""
-    if len({signature(piece) for piece in pieces}) > 1:
-        written = [{d.weight: d for d in merge([d for f in piece for d in f.dense()])} for piece in pieces]
-        everything = {name: d for part in written for name, d in part.items() if isinstance(d, Dense)}
-        pieces = [
-            [part.get(name, d.zeros(piece[0].rows)) for name, d in everything.items()]
-            for part, piece in zip(written, pieces, strict=True)
-        ]
-    return concatenate(pieces)
 
 
 def require_accepted(model: nn.Module, inputs: Inputs) -> None:

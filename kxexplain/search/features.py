@@ -24,6 +24,7 @@ from kxexplain.errors import ArgumentError
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Dense
 from kxexplain.gradients.projection import Projection
+from kxexplain.gradients.two_point import TwoPoint
 from kxexplain.kernels import quadrature
 from kxexplain.shapes import Inputs
 from kxexplain.trajectory import Trajectory, fetch
@@ -32,7 +33,7 @@ MEMORY = 10**9
 """Bytes that the queries' gradients may take."""
 
 KEPT = 1 << 28
-"""Bytes of recorded states that stay in memory from one search to the next."""
+"""Bytes of recorded states, and of what lies between them, that stay in memory from one search to the next."""
 
 CLASS_LOSSES = ("cross_entropy", "hinge", "logistic")
 """Losses whose label can be read off the outputs."""
@@ -69,7 +70,7 @@ def sketched(
         for segment in segments:
             place = features[..., projection.columns(segment.number)]
             for rows in side.chunks():
-                for weight, secant in side.secants(segment.start, segment.end, rows):
+                for weight, secant in side.secants(segment.change(side.names), rows):
                     sketches = _sketch(secant, projection, segment.number) * weight
                     place[rows] += sketches.to("cpu", torch.float32)
     return features
@@ -77,7 +78,12 @@ def sketched(
 
 def _both(one: ResolvedTarget, other: ResolvedTarget) -> ResolvedTarget:
     """Two numbers about every query, from one pass through the model."""
-    select = lambda values, rows: torch.cat([one.select(values, rows), other.select(values, rows)], 1)  # noqa: E731
+
+    def select(values: Tensor, rows: Tensor | slice) -> Tensor:
+        parts = [one.select(values, rows), other.select(values, rows)]
+        followed = [part for part in parts if isinstance(part, TwoPoint)]
+        return TwoPoint.beside(followed) if len(followed) == len(parts) else torch.cat(parts, 1)
+
     return ResolvedTarget(f"{one.name}, {other.name}", select, None, 2)
 
 
@@ -183,7 +189,7 @@ class Asking:
         first = self.trajectory.state(self.trajectory.states[0].step)
         each = sum(t.nbytes for t in (*first.parameters.values(), *first.buffers.values()))
         segments = recorded_segments(self.trajectory, device)
-        if each * len(self.trajectory.states) > KEPT:
+        if 3 * each * len(self.trajectory.states) > KEPT:  # a segment's middle and direction are kept with its end
             return segments
         self._segments = list(segments)
         return self._segments

@@ -13,13 +13,18 @@ from kxexplain.errors import ArgumentError
 from kxexplain.search.sketches import Found, Sketches, directions, joined
 from kxexplain.search.vectors import Vectors
 
-CANDIDATES = 1000
-"""FAISS is asked for at least so many rows, and for ten times those wanted: their exact products decide."""
+FEWEST, MOST, SHARE = 300, 1000, 100
+"""FAISS is asked for a hundredth of the rows, within these bounds, or ten times those wanted if that is more: their
+exact products decide. Of 60,000 images the ten best of the exact scan are then among them, for 200 queries of 200."""
 
 
 def candidates_for(k: int, count: int) -> int:
-    """How many rows FAISS is asked for."""
-    return min(count, max(10 * k, CANDIDATES))
+    """How many rows FAISS is asked for.
+
+    >>> candidates_for(10, 60_000), candidates_for(10, 10**6), candidates_for(200, 60_000)
+    (600, 1000, 2000)
+    """
+    return min(count, max(10 * k, min(MOST, max(FEWEST, count // SHARE))))
 
 
 def look_up(
@@ -34,12 +39,13 @@ def look_up(
         feature, unit = features[q : q + 1], units[q : q + 1]
         up, down = influence.candidates(torch.cat([feature, -feature]), wide)
         near = nearest.candidates(unit, wide)[0]
-        if min(int((rows >= 0).sum()) for rows in (up, down, near)) < k:
+        up, down, near = (rows[rows >= 0] for rows in (up, down, near))
+        if min(len(up), len(down), len(near)) < k:
             found.append(sketches.scan(feature, pushes[q : q + 1], k))
             continue
-        most = _best(sketches.rows(up[up >= 0]) @ feature[0], up[up >= 0], k)
-        least = _best(sketches.rows(down[down >= 0]) @ feature[0], down[down >= 0], k, largest=False)
-        found.append((most, least, _best(sketches.directions(near[near >= 0]) @ unit[0], near[near >= 0], k)))
+        most = _best(sketches.products(up, feature[0]), up, k)
+        least = _best(sketches.products(down, feature[0]), down, k, largest=False)
+        found.append((most, least, _best(sketches.cosines(near, unit[0]), near, k)))
     return joined([one[0] for one in found]), joined([one[1] for one in found]), joined([one[2] for one in found])
 
 

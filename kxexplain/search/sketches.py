@@ -101,6 +101,18 @@ class Sketches:
         """Features whose inner product is the mean over blocks of the cosine (:func:`directions`)."""
         return self.units[at].float() / math.sqrt(self.norms.shape[1])
 
+    def products(self, at: Tensor, feature: Float32[Tensor, " dim"]) -> Float32[Tensor, " m"]:
+        """What :meth:`rows` would give times one query's feature; no row is written anew."""
+        units, norms = self.units.index_select(0, at).float(), self.norms.index_select(0, at)
+        found = torch.zeros(len(at))
+        for number, block in enumerate(self.blocks):
+            found.addcmul_(units[:, block] @ feature[block], norms[:, number])
+        return found
+
+    def cosines(self, at: Tensor, unit: Float32[Tensor, " dim"]) -> Float32[Tensor, " m"]:
+        """What :meth:`directions` would give times one query's direction."""
+        return (self.units.index_select(0, at).float() @ unit).div_(math.sqrt(self.norms.shape[1]))
+
     def chunks(self) -> Iterator[slice]:
         """All rows, some at a time."""
         yield from (slice(at, min(at + CHUNK, len(self))) for at in range(0, len(self), CHUNK))

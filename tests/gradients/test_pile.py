@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kxexplain.gradients.factors import Dense, Outer, Served, concatenate, scale, signature, take
+from kxexplain.gradients.factors import Dense, Factors, Outer, Served, concatenate, scale, signature, take
 from kxexplain.gradients.pile import Pile, bytes_per_row
-from kxexplain.gradients.products import gram
+from kxexplain.gradients.products import dot, gram
 
 
 def step(rows: int) -> list[Outer | Dense]:
@@ -96,3 +96,15 @@ def test_what_does_not_fit() -> None:
 
 def test_bytes_per_row() -> None:
     assert bytes_per_row(step(7), 7) == 8 * (2 * 3 + 2 * 4 + 5)
+
+
+def test_passes_that_met_different_uses_are_joined() -> None:
+    """What one pass did not meet has gradients of zero there."""
+    generator = torch.Generator().manual_seed(0)
+    a, g, b = (torch.randn(2, *shape, generator=generator) for shape in ((1, 3), (1, 1, 4), (1, 5)))
+    pieces: list[Factors] = [[Outer("matrix", "bias", a, g)], [Dense("other", b)], [Outer("matrix", None, a, g)]]
+    joined = concatenate(pieces)
+    for name, length in (("matrix", 12), ("bias", 4), ("other", 5)):
+        direction = {name: torch.randn(length, generator=generator)}
+        expected = torch.cat([dot(piece, direction) for piece in pieces])
+        torch.testing.assert_close(dot(joined, direction), expected)

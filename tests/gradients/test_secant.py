@@ -146,7 +146,7 @@ def test_relu() -> None:
     start = torch.tensor([-1.0, 1.0, -2.0, 0.0, 3.0, 0.0, -0.0, 1e-30])
     end = torch.tensor([3.0, 2.0, -1.0, 0.0, 3.0, 1.0, 0.0, -1e-30])
     expected = torch.tensor([0.75, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.5])
-    torch.testing.assert_close(relu_slope(start, end), expected)
+    torch.testing.assert_close(relu_slope(start, end, (start.relu(), end.relu())), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,7 +17,7 @@ from kxexplain.errors import ArgumentError, DatasetError, TargetError
 from kxexplain.kernels import quadrature
 from kxexplain.search import GradientIndex
 from kxexplain.search.features import query_features, recorded_segments
-from kxexplain.search.sketches import block_list, directions
+from kxexplain.search.sketches import Sketches, block_list, blocks_of, directions
 from kxexplain.search.updates import projection_for, update_features
 from tests.cases import CASES
 from tests.search.conftest import COPIES, Trained
@@ -207,3 +207,12 @@ def test_huge_updates(tmp_path: Path) -> None:
     huge = kx.train(wide, data, "mse", sgd, epochs=1, batch_size=2, out=tmp_path / "b", progress=False)
     with pytest.raises(ArgumentError, match="features are not finite"):
         GradientIndex.build(huge, wide, data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_candidates_are_scored_as_their_rows_would_be(dtype: torch.dtype) -> None:
+    blocks, generator = blocks_of(3, 50), torch.Generator().manual_seed(0)
+    sketches = Sketches.of(torch.randn(40, 50, generator=generator), blocks, dtype=dtype)
+    feature, at = torch.randn(50, generator=generator), torch.tensor([7, 3, 39, 3])
+    torch.testing.assert_close(sketches.products(at, feature), sketches.rows(at) @ feature)
+    torch.testing.assert_close(sketches.cosines(at, feature), sketches.directions(at) @ feature)

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from kxexplain.errors import ArgumentError, DatasetError, KxError, ModelError
 from kxexplain.gradients import Factors, Outer, dot, layout_of, output_gradients, trainable
-from kxexplain.gradients.factors import Factor, wide
+from kxexplain.gradients.factors import Factor, concatenate, wide
 from kxexplain.gradients.products import gram
 from kxexplain.gradients.uses import Layout
-from kxexplain.kernels.tangent import joined_factors
 from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory.batches import call, copied, count, leaves, outputs_2d, take
 from kxexplain.trajectory.forward import private_copy
@@ -116,7 +115,7 @@ class TangentFeatures:
         """Every example's output gradients, in factored form."""
         if self._layout is None:
             self._layout = layout_of(self.model, inputs, trainable(self.model))
-        return joined_factors([output_gradients(self.model, part, self._layout)[1] for part in portions(inputs)])
+        return concatenate([output_gradients(self.model, part, self._layout)[1] for part in portions(inputs)])
 
     def gram(self, left: Factors, right: Factors | None = None) -> Float[Tensor, "p k"]:
         """K between two sets of examples, an example's outputs next to each other: [n·C, m·C].

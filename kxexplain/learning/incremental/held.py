@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kxexplain.errors import ArgumentError
 from kxexplain.gradients import Factors
-from kxexplain.gradients.factors import Factor, Outer, take
-from kxexplain.kernels.tangent import joined_factors
+from kxexplain.gradients.factors import Factor, Outer, concatenate, take
 from kxexplain.shapes import Inputs
 from kxexplain.trajectory.batches import copied
 from kxexplain.trajectory.batches import take as rows_of
@@ -120,7 +119,7 @@ class Held:
     def factors(self) -> Factors:
         """All output gradients; joined once for every change."""
         if self._factors is None:
-            self._factors = joined_factors([row.factors for row in self.rows])
+            self._factors = concatenate([row.factors for row in self.rows])
         return self._factors
 
 

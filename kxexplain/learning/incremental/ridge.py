@@ -12,8 +12,7 @@ from torch import Tensor
 
 from kxexplain.errors import ArgumentError
 from kxexplain.gradients import Factors
-from kxexplain.gradients.factors import take
-from kxexplain.kernels.tangent import joined_factors
+from kxexplain.gradients.factors import concatenate, take
 from kxexplain.learning.incremental import damping as left_out
 from kxexplain.learning.incremental.cholesky import bordered, downdated, factor, solved, updated, without
 from kxexplain.learning.incremental.features import TangentFeatures, added
@@ -127,7 +126,7 @@ class RidgeRule(Rule):
         if self.damping is None:
             factors, residual = batch.factors, batch.residual
             if len(held):  # a memory, which waited for something to learn
-                factors = joined_factors([held.factors(), factors])
+                factors = concatenate([held.factors(), factors])
                 residual = torch.cat([held.column("residual"), residual])
             self.damping = self.choose(factors, residual)
             self._build()
