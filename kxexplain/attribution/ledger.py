@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kxexplain.attribution.queries import QuerySide
 from kxexplain.attribution.result import Explanation, Timeline
-from kxexplain.attribution.walk import Movement, Segment, Updates
+from kxexplain.attribution.visits import Updates
+from kxexplain.attribution.walk import Movement, Segment
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Factors, wide
 from kxexplain.gradients.lookup import InputProducts
