@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kxexplain.attribution.walk import Movement, Segment, Visitor, Visits, bounds
+from kxexplain.attribution.visits import Visits
+from kxexplain.attribution.walk import Movement, Segment, Visitor, bounds
 from kxexplain.gradients.factors import scale
 from kxexplain.gradients.ordinary import StepGradients, layout_of
 from kxexplain.shapes import Examples, Tensors

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kxexplain.attribution.queries import QuerySide
 from kxexplain.attribution.result import Explanation, Timeline
-from kxexplain.attribution.walk import Movement, Segment, Updates
+from kxexplain.attribution.visits import Updates
+from kxexplain.attribution.walk import Movement, Segment
 from kxexplain.gradients.discrete import Secant
 from kxexplain.gradients.factors import Factors, wide
 from kxexplain.gradients.lookup import InputProducts
@@ -62,8 +63,10 @@ class Ledger:
         for rows in self.side.chunks():
             for weight, secant in self._secants(segment, rows):
                 inputs = self._products.of(indices, rows.start)
-                found = against(updates.factors, secant, inputs)[:, 0].mul_(weight)
-                blocks = None if updates.jacobian is None else against(updates.jacobian, secant, inputs).mul_(weight)
+                found = _times(against(updates.factors, secant, inputs)[:, 0], weight)
+                jacobian, blocks = updates.jacobian, None
+                if jacobian is not None:
+                    blocks = _times(against(jacobian, secant, inputs), weight)
                 self.credit(segment, rows, indices, found, updates.alpha, blocks)
 
     def credit(
@@ -163,6 +166,11 @@ class Ledger:
             bins=torch.tensor([borders[s] for s in starts]),
             shares=shares,
         )
+
+
+def _times(values: Tensor, weight: float) -> Tensor:
+    """The values times a number, in place; the exact rule's is 1, which takes no pass."""
+    return values if weight == 1 else values.mul_(weight)
 
 
 def _add_rows(sums: Tensor, rows: slice, indices: Tensor, values: Tensor) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kxexplain.attribution.rounding import cancelled, without
-from kxexplain.attribution.walk import Segment, bounds, mask_of, pull_of, share_of, watch_of, watched
+from kxexplain.attribution.visits import pull_of
+from kxexplain.attribution.walk import Segment, bounds, mask_of, share_of, watch_of, watched
 from kxexplain.gradients.factors import Factors, scale, size, take
 from kxexplain.gradients.pile import Pile
 from kxexplain.shapes import Tensors

@@ -9,11 +9,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kxexplain.attribution.visits import Updates, Visits
 from kxexplain.errors import ArgumentError
 from kxexplain.gradients.discrete import Change
-from kxexplain.gradients.factors import Factors, scale, take
+from kxexplain.gradients.factors import scale, take
 from kxexplain.gradients.ordinary import StepGradients, layout_of
-from kxexplain.gradients.pile import Pile, bytes_per_row
 from kxexplain.gradients.uses import Layout
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import Replayer, StepRecord, Trajectory, split
@@ -55,23 +55,6 @@ class Segment:
         return self._end
 
 
-@dataclass(frozen=True)
-class Updates:
-    """What a number of example visits put into the parameters during a segment.
-
-    Attributes:
-        indices: the examples' dataset indices, [m]; one may occur several times.
-        factors: their updates −η_t s_t g_{t,i}, [m, 1].
-        alpha: size of the pull on the outputs, [m]: −∂ℓ/∂f for one output, ‖∂ℓ/∂f‖ for several.
-        jacobian: η_t-weighted output gradients w ∇f_c, [m, C], if asked for.
-    """
-
-    indices: Tensor
-    factors: Factors
-    alpha: Tensor
-    jacobian: Factors | None
-
-
 @dataclass
 class Movement:
     """How the parameters moved over a segment, by cause; summed over its steps.
@@ -88,19 +71,19 @@ class Movement:
 
     def add(self, parts: Split, gradients: Tensors, before: Tensors, penalty: Tensors | None = None) -> None:
         """Account for one step."""
-        _add(self.gradient, gradients, {name: parts.gradient[name] for name in gradients})
-        _add(self.penalty, penalty or {}, {name: parts.gradient[name] for name in penalty or {}})
-        decaying = {name: parts.decay[name] for name in gradients if parts.decay[name] != 0}
-        _add(self.decay, {name: before[name] for name in decaying}, decaying)
+        _add(self.gradient, gradients, parts.gradient)
+        if penalty:
+            _add(self.penalty, penalty, parts.gradient)
+        if parts.decays:
+            _add(self.decay, {name: before[name] for name in gradients if parts.decay[name] != 0}, parts.decay)
 
 
 def _add(sums: Tensors, values: Tensors, by: dict[str, float]) -> None:
     """Add by · values to the sums, all parameters of one factor in one call."""
-    for name, value in values.items():
-        if name not in sums:
-            sums[name] = torch.zeros_like(value)
-    for factor in set(by.values()):
-        names = [name for name, own in by.items() if own == factor]
+    for name in values.keys() - sums.keys():
+        sums[name] = torch.zeros_like(values[name])
+    for factor in {by[name] for name in values}:
+        names = [name for name in values if by[name] == factor]
         torch._foreach_add_([sums[name] for name in names], [values[name] for name in names], alpha=factor)
 
 
@@ -176,11 +159,6 @@ def watch_of(replayer: Replayer, layout: Layout, parameters: Tensors, *, jacobia
     )  # fmt: skip
 
 
-def pull_of(pull: Tensor) -> Tensor:
-    """Size of the pull on the outputs, [n], from −∂ℓ/∂f, [n, C]: itself for one output, the norm for several."""
-    return pull[:, 0] if pull.shape[1] == 1 else pull.norm(dim=1)
-
-
 class Walk:
     """One pass along a trajectory with a private copy of the model.
 
@@ -213,14 +191,20 @@ class Walk:
         self.parameters, self.layout = watched(replayer)
         replayer.seek(0)
         self._visits = Visits()
+        self._watch = watch_of(replayer, self.layout, self.parameters, jacobian=jacobian)
+        self._known: tuple[object, Split | None] = (None, None)
 
     @property
     def drift(self) -> float | None:
         """How far replay has come off the recorded states."""
         return self.replayer.drift
 
-    def _split(self, step: int) -> Split | None:
-        return split(self.trajectory.manifest.optimizer, self.trajectory.steps[step])
+    def _split(self, record: StepRecord) -> Split | None:
+        """How this step splits, which is as the last one did while the rates stay."""
+        rates = (record.rates, record.sign, record.clip)
+        if rates != self._known[0]:
+            self._known = (rates, split(self.trajectory.manifest.optimizer, record))
+        return self._known[1]
 
     def visit(self, visitor: Visitor, segments: range | None = None) -> None:
         """Replay the trajectory, or consecutive segments of it whose first begins at a recorded state."""
@@ -257,13 +241,14 @@ class Walk:
 
     def _step(self, segment: Segment, movement: Movement, visitor: Visitor) -> None:
         step = self.replayer.position
-        parts, record = self._split(step), self.trajectory.steps[step]
+        record = self.trajectory.steps[step]
+        parts = self._split(record)
         if parts is None or (self.wanted is not None and not bool(self.wanted[record.indices].any())):
             self.replayer.advance()
         else:
-            decaying = self.wanted is None and any(parts.decay.values())
+            decaying = self.wanted is None and parts.decays
             before = self.replayer.copy_state() if decaying else {}
-            watch = watch_of(self.replayer, self.layout, self.parameters, jacobian=self.jacobian)
+            watch = self._watch.renewed(len(record.indices))
             taken = self.replayer.advance(watch)
             if self.wanted is None:
                 movement.add(parts, watch.accounted(taken.gradients), before, taken.penalty)
@@ -273,14 +258,13 @@ class Walk:
     def _keep(self, watch: StepGradients, record: StepRecord, parts: Split, segment: Segment, visitor: Visitor) -> None:
         """Gather what one step's examples did; the arithmetic waits until many steps can share it."""
         share = share_of(self.trajectory, record)
-        rates = set(parts.gradient.values())
-        factors, weight = watch.factors, rates.pop()
-        if rates:
+        factors, weight = watch.factors, parts.common
+        if weight is None:
             factors, weight = scale(factors, parts.gradient), 1.0
         jacobian = None
         if watch.jacobian is not None:
             jacobian = scale(watch.jacobian, {name: -factor * share for name, factor in parts.gradient.items()})
-        indices, pull = torch.as_tensor(record.indices), watch.pull
+        indices, pull = torch.from_numpy(record.indices), watch.pull
         if self.wanted is not None:
             rows = self.wanted[indices].nonzero().squeeze(1)
             factors, indices, pull = take(factors, rows), indices[rows], pull[rows]
@@ -299,6 +283,7 @@ class Walk:
     def _flush(self, segment: Segment, visitor: Visitor) -> None:
         """Hand the gathered updates over."""
         if self._visits.indices:
+            self._watch.renewed(0)  # what the last step left behind needs no memory meanwhile
             visitor.updates(segment, self._visits.joined())
             self._visits.clear()
 
@@ -316,54 +301,3 @@ class Walk:
             return ahead.copy_state()
 
         return find
-
-
-class Visits:
-    """Several steps' examples: their updates, and how their losses pulled on the outputs."""
-
-    def __init__(self) -> None:
-        self.factors: Pile | None = None
-        self.jacobian: Pile | None = None
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what was gathered, but keep its memory."""
-        self.indices: list[Tensor] = []
-        self.pulls: list[Tensor] = []
-        for pile in (self.factors, self.jacobian):
-            if pile is not None:
-                pile.clear()
-
-    def fits(self, factors: Factors, rows: int, jacobian: Factors | None) -> bool:
-        """Whether there is room for a step's examples."""
-        if self.factors is None or not self.factors.fits(factors, rows):
-            return False
-        return jacobian is None or (self.jacobian is not None and self.jacobian.fits(jacobian, rows))
-
-    def make_room(self, factors: Factors, rows: int, jacobian: Factors | None, budget: int, visits: int) -> None:
-        """Room for so many visits, or as many as the budget (in bytes) allows."""
-        each = bytes_per_row([*factors, *(jacobian or [])], rows)
-        capacity = max(rows, min(visits, budget // each))
-        if self.factors is None or self.factors.capacity < capacity or not self.fits(factors, rows, jacobian):
-            self.factors = Pile(factors, capacity)
-            self.jacobian = None if jacobian is None else Pile(jacobian, capacity)
-
-    def add(self, factors: Factors, weight: float, jacobian: Factors | None, indices: Tensor, pull: Tensor) -> None:
-        """Add one step's examples; ``pull`` is −∂ℓ/∂f, [n, C]."""
-        assert self.factors is not None
-        self.factors.add(factors, len(indices), weight)
-        if jacobian is not None:
-            assert self.jacobian is not None
-            self.jacobian.add(jacobian, len(indices), 1.0)
-        self.indices.append(indices)
-        self.pulls.append(pull)
-
-    def joined(self) -> Updates:
-        """All steps' updates, one after the other."""
-        assert self.factors is not None
-        return Updates(
-            torch.cat(self.indices),
-            self.factors.gathered(),
-            pull_of(torch.cat(self.pulls)),
-            None if self.jacobian is None else self.jacobian.gathered(),
-        )

@@ -47,9 +47,16 @@ class Capture(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[str, Tensor], layout: Layout | None, rows: int) -> None:
         super().__init__()
-        self.parameters = parameters
-        self.sources = self._free()
-        self.layout, self.rows = layout, rows
+        self.parameters, self.layout = parameters, layout
+        self.free: list[bool] = []
+        self.sources: dict[int, Source] = {}
+        self.begin(rows)
+        self._find_sources()
+
+    def begin(self, rows: int) -> None:
+        """Forget what was seen: another batch of so many examples comes."""
+        layout, parameters = self.layout, self.parameters
+        self.rows = rows
         self.uses: list[Use] = []
         self.loose = set() if layout is None else set(parameters if layout.blind else layout.loose)
         self.outputs: dict[Place, Any] = {}
@@ -59,11 +66,15 @@ class Capture(TorchFunctionMode):
 
     def around(self) -> AbstractContextManager[Any]:
         """Entered around the forward pass."""
-        self.sources = self._free()  # replay may have frozen or freed some since this was made
+        self._find_sources()
         return nullcontext() if self.layout is not None and self.layout.blind else self
 
-    def _free(self) -> dict[int, Source]:
-        return {id(t): Source(name, t, t.numel()) for name, t in self.parameters.items() if t.requires_grad}
+    def _find_sources(self) -> None:
+        """The parameters that are free now: replay freezes and frees some."""
+        free = [t.requires_grad for t in self.parameters.values()]
+        if free != self.free or len(self.sources) != sum(free):  # others, or a forward pass has added to them
+            self.free = free
+            self.sources = {id(t): Source(name, t, t.numel()) for name, t in self.parameters.items() if t.requires_grad}
 
     def enter(self, call: int) -> None:
         """The forward code has come to its next call (told by a tracer that makes several calls of one)."""
@@ -141,7 +152,7 @@ class Capture(TorchFunctionMode):
     ) -> None:
         """File a call that involves parameters: as a contact, a rearrangement, a value derived from them, or loose."""
         assert self.layout is not None
-        if not any(isinstance(t, Tensor) and t.requires_grad for t in _each(output)):
+        if not (output.requires_grad if isinstance(output, Tensor) else _any_free(output)):
             return
         uses = self._uses(place, name, func, args, kwargs, output)
         if uses is not None:
@@ -190,6 +201,10 @@ class Capture(TorchFunctionMode):
     def edges(self) -> list[GradientEdge]:
         """The graph edges whose gradients :meth:`factors` needs, in order."""
         return [use.edge for use in self.uses]
+
+
+def _any_free(output: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in _each(output))
 
 
 def _each(output: Any) -> Sequence[Any]:

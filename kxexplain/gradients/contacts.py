@@ -17,6 +17,8 @@ from kxexplain.gradients.factors import Dense, Factors, Outer, compact, worth_wr
 from kxexplain.gradients.sources import Source
 from kxexplain.gradients.uses import Axis, Use
 
+FIRST = Axis(0)
+
 Sources = Mapping[int, Source]
 Made = tuple[str, dict[str, Source], dict[str, Any]] | None
 
@@ -196,7 +198,7 @@ def rows_first(value: Tensor, axis: Axis, rows: int) -> Tensor:
 
 def stacked(use: Use, gradients: Tensor) -> Tensor:
     """Gradients [c, …output] with examples first: [n, c, …]; no copy where the output has them first."""
-    if use.axis == Axis(0):
+    if use.axis == FIRST:
         return gradients.transpose(0, 1)
     if gradients.shape[0] == 1:
         return rows_first(gradients[0], use.axis, use.rows)[:, None]
@@ -209,8 +211,10 @@ def assemble_linear(use: Use, gradients: Tensor) -> Factors:
     x, transposed = use.held["x"].detach(), use.kind == "matmul"
     rearranged = weight is None or any(source.index is not None for source in use.sources.values())
     name = None if bias is None else bias.name
-    if weight is not None and not rearranged and use.axis == Axis(0) and x.dim() == 2:  # the commonest, by far
-        return [Outer(weight.name, name, x.unsqueeze(1), stacked(use, gradients).unsqueeze(2), transposed)]
+    if weight is not None and not rearranged and use.axis == FIRST and x.dim() == 2:  # the commonest, by far
+        one = gradients.shape[0] == 1
+        g = gradients.reshape(len(x), 1, 1, -1) if one else stacked(use, gradients).unsqueeze(2)
+        return [Outer(weight.name, name, x.unsqueeze(1), g, transposed)]
     a = rows_first(x, use.axis, use.rows).reshape(use.rows, -1, x.shape[-1])
     g = stacked(use, gradients).reshape(use.rows, gradients.shape[0], -1, gradients.shape[-1])
     if weight is not None and not rearranged:

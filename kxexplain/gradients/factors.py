@@ -9,9 +9,9 @@ Axes: n example · c output (1 for a scalar) · r position · d feature · p par
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -41,7 +41,7 @@ class Outer:
     @property
     def rows(self) -> int:
         """Number of examples."""
-        return self.a.shape[0]
+        return self.g.shape[0]
 
     @property
     def columns(self) -> int:
@@ -60,24 +60,26 @@ class Outer:
 
     def take(self, rows: Tensor | slice) -> Outer:
         """Some of the examples."""
-        return replace(self, a=self.a[rows], g=self.g[rows])
+        return self.of(self.a[rows], self.g[rows])
+
+    def of(self, a: Tensor, g: Tensor) -> Outer:
+        """Gradients of the same parameters from other values."""
+        return Outer(self.weight, self.bias, a, g, self.transposed, self.raw)
+
+    def marked(self, raw: int | None) -> Outer:
+        """The same gradients, ``a`` marked as the input of this number; as they are for ``None``."""
+        return self if raw is None else Outer(self.weight, self.bias, self.a, self.g, self.transposed, raw)
 
     def emptied(self, rows: int) -> Outer:
         """Room for so many examples' gradients of this kind."""
-        a, g = (t.new_empty(rows, *t.shape[1:]) for t in (self.a, self.g))
-        return replace(self, a=a, g=g)
-
-    def fill(self, place: slice, values: Factor, weight: float) -> None:
-        """Take the values of a factor of as many rows, times a number."""
-        assert isinstance(values, Outer)
-        self.a[place] = values.a
-        torch.mul(values.g, weight, out=self.g[place])
+        return self.of(*(t.new_empty(rows, *t.shape[1:]) for t in (self.a, self.g)))
 
     def scaled(self, scale: Mapping[str, float]) -> list[Factor]:
         """Each parameter's gradients times its own number."""
+        g = self.g * scale[self.weight]
         if self.bias is None or scale[self.weight] == scale[self.bias]:
-            return [replace(self, g=self.g * scale[self.weight])]
-        matrix = replace(self, bias=None, g=self.g * scale[self.weight])
+            return [self.of(self.a, g)]
+        matrix = Outer(self.weight, None, self.a, g, self.transposed, self.raw)
         return [matrix, Dense(self.bias, self.g.sum(2) * scale[self.bias])]
 
     def dense(self) -> list[Dense]:
@@ -92,6 +94,26 @@ class Outer:
         g, a = self.g.sum(1).flatten(0, 1), self.a.flatten(0, 1)
         found = {self.weight: (a.T @ g if self.transposed else g.T @ a).flatten()}
         return found if self.bias is None else {**found, self.bias: g.sum(0)}
+
+
+class Served(Outer):
+    """Gradients of examples whose input stays in the batches that the dataset served: ``a`` is these, joined.
+
+    They are joined when ``a`` is first asked for. Who knows the inputs' products already never does.
+    """
+
+    def __init__(self, like: Outer, g: Tensor, find: Callable[[], Tensor]) -> None:
+        values = {"weight": like.weight, "bias": like.bias, "g": g, "transposed": like.transposed, "raw": like.raw}
+        vars(self).update(values, find=find)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name != "a":
+            raise AttributeError(name)
+        return cast(Tensor, vars(self).setdefault("a", vars(self)["find"]()))
+
+    def take(self, rows: Tensor | slice) -> Served:
+        """Some of the examples."""
+        return Served(self, self.g[rows], lambda: self.a[rows])
 
 
 @dataclass(frozen=True)
@@ -132,11 +154,6 @@ class Dense:
     def zeros(self, rows: int) -> Dense:
         """Gradients of value zero, for so many examples."""
         return replace(self, values=self.values.new_zeros(rows, *self.values.shape[1:]))
-
-    def fill(self, place: slice, values: Factor, weight: float) -> None:
-        """Take the values of a factor of as many rows, times a number."""
-        assert isinstance(values, Dense)
-        torch.mul(values.values, weight, out=self.values[place])
 
     def scaled(self, scale: Mapping[str, float]) -> list[Factor]:
         """The gradients times the parameter's number."""
@@ -208,7 +225,7 @@ def concatenate(pieces: Sequence[Factors]) -> Factors:
         if isinstance(head, Outer):
             outers = [f for f in column if isinstance(f, Outer)]
             a, g = torch.cat([f.a for f in outers]), torch.cat([f.g for f in outers])
-            joined.append(replace(head, a=a, g=g))
+            joined.append(head.of(a, g))
         else:
             joined.append(replace(head, values=torch.cat([f.values for f in column if isinstance(f, Dense)])))
     return joined

@@ -161,6 +161,8 @@ def _or_zero(gradient: Tensor | None, use: Use) -> Tensor:
 
 def _without(factors: Factors, names: set[str]) -> Factors:
     """The factors less those parameters whose gradients were taken whole."""
+    if not names:
+        return factors
     return [
         part for f in factors for part in (f.dense() if names & set(f.names) else [f]) if not names & set(part.names)
     ]
@@ -214,6 +216,13 @@ class StepGradients:
         self.pull: Tensor
         self._loose: Factors = []
 
+    def renewed(self, rows: int) -> StepGradients:
+        """Itself, for another step on so many examples; what the last one gave is forgotten."""
+        self.rows = rows
+        self.capture.begin(rows)
+        self.factors, self.jacobian, self._loose = [], None, []
+        return self
+
     def forward(self, inputs: Inputs) -> AbstractContextManager[Any]:
         """Entered around the forward pass on these inputs, fresh from the dataset."""
         self._inputs = {leaf.data_ptr(): (i, leaf, leaf._version) for i, (_, leaf) in enumerate(leaves(inputs))}
@@ -241,7 +250,7 @@ class StepGradients:
             self.factors = merge(self._loose)
         else:
             found = [
-                _or_zero(g, use)[None] if _counts(use, g is not None) else None
+                _or_zero(g, use).unsqueeze(0) if _counts(use, g is not None) else None
                 for g, use in zip(uses, self.capture.uses, strict=True)
             ]
             self.factors = self._marked(assemble(self.capture, found, self._loose))
@@ -253,6 +262,8 @@ class StepGradients:
         Where examples nearly cancel (under batch norm) autograd's own sum over the batch rounds by more than what is
         left: that part of a step belongs to no example. Shares that are not written out are taken to add up.
         """
+        if not any(isinstance(f, Dense) for f in self.factors):
+            return gradients
         kept = {name for f in self.factors if isinstance(f, Outer) for name in f.names}
         sums: Tensors = {}
         for f in self.factors:
@@ -265,11 +276,7 @@ class StepGradients:
         """The factors, those whose ``a`` is the batch itself marked as raw, if it is the same in every epoch."""
         if not self.steady:
             return factors
-        numbers = [self._input(f.a) if isinstance(f, Outer) else None for f in factors]
-        return [
-            replace(f, raw=number) if number is not None and isinstance(f, Outer) else f
-            for f, number in zip(factors, numbers, strict=True)
-        ]
+        return [f.marked(self._input(f.a)) if isinstance(f, Outer) else f for f in factors]
 
     def _input(self, a: Tensor) -> int | None:
         """The number of the input that ``a`` is, if it is one."""

@@ -110,14 +110,11 @@ def _written(factors: Factors, names: set[str]) -> Factors:
 
 
 def _outer_full(f: Outer, h: Outer, inputs: InputsMet = inputs_met) -> Tensor:
-    (n, r, _), (m, s, _) = f.a.shape, h.a.shape
-    c, k = f.g.shape[1], h.g.shape[1]
+    (n, c, r, _), (m, k, s, _) = f.g.shape, h.g.shape
     if r == 1 and s == 1:
-        met = inputs(f, h)
-        if f.bias is not None:
-            met += 1
-        outputs = f.g.reshape(n * c, -1) @ h.g.reshape(m * k, -1).T
-        return outputs.view(n, c, m, k).mul_(met[:, None, :, None])
+        met = inputs(f, h)[:, None, :, None]
+        outputs = (f.g.reshape(n * c, -1) @ h.g.reshape(m * k, -1).T).view(n, c, m, k)
+        return outputs.mul_(met) if f.bias is None else outputs.addcmul_(outputs, met)  # times met, or 1 + met
     met = torch.einsum("nrd,msd->nrms", f.a, h.a)
     if f.bias is not None:
         met += 1

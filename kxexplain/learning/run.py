@@ -26,7 +26,7 @@ from kxexplain.shapes import Inputs
 from kxexplain.trajectory import LossFunction, Recorder, Trajectory, rng
 from kxexplain.trajectory.batches import call
 from kxexplain.trajectory.clipping import Clipping
-from kxexplain.trajectory.forward import assign, descend, forward, gradients, losses_of
+from kxexplain.trajectory.forward import Shares, assign, descend, forward, gradients, losses_of
 from kxexplain.trajectory.objective import Objective
 from kxexplain.trajectory.states import load_model, load_optimizer
 
@@ -58,7 +58,7 @@ class Run:
         self.clipping = Clipping.noted(manifest.settings)
         self.bare = self.objective == Objective() and self.clipping == Clipping()
         """Whether the optimiser is given the loss' gradient as it is."""
-        self.shares = torch.empty(0)  # every example's in the mean: 1/n
+        self.shares = Shares("mean")
         self.features: FeatureRecorder | None = None
         self.sign, self.clip = 1, 1.0
         """What the present step's gradient was multiplied by."""
@@ -187,9 +187,7 @@ class Run:
         """A step on nothing but the loss: what :meth:`_advance` would do, to the last bit, with less around it."""
         losses = losses_of(call(self.model, inputs), targets, self.loss)
         value = self._finite(losses.detach().mean().item())
-        if self.shares.shape != losses.shape or self.shares.dtype != losses.dtype:
-            self.shares = torch.ones_like(losses) / len(losses)
-        assign(self.parameters, gradients(losses, self.parameters, weights=self.shares)[0])
+        assign(self.parameters, gradients(losses, self.parameters, weights=self.shares.of(losses))[0])
         self.optimizer.step()
         return value
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from kxexplain.attribution.decompose import forward_walk, remembers
 from kxexplain.attribution.queries import moving_names
 from kxexplain.attribution.stretches import Stretches
-from kxexplain.attribution.walk import Movement, Segment, Updates, bounds
+from kxexplain.attribution.visits import Updates
+from kxexplain.attribution.walk import Movement, Segment, bounds
 from kxexplain.errors import ArgumentError
 from kxexplain.gradients.factors import Factors
 from kxexplain.gradients.projection import Projection

@@ -84,11 +84,11 @@ def forward(
     targets: Tensor,
     *,
     loss: LossFunction,
-    reduction: Reduction,
+    reduction: Reduction | None,
     objective: Objective = PLAIN,
     around: AbstractContextManager[None] | None = None,
 ) -> Forward:
-    """Run the model (inside ``around``), then the loss, then reduce."""
+    """Run the model (inside ``around``), then the loss, then reduce, if asked for."""
     inputs = objective.tracked(inputs)
     with around or nullcontext():
         outputs = call(model, inputs)
@@ -107,17 +107,44 @@ def losses_of(outputs: Tensor, targets: Tensor, loss: LossFunction) -> Tensor:
     return losses
 
 
-def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
-    """The mean or the sum of a batch's losses."""
+def reduced(losses: Tensor, reduction: Reduction | None) -> Tensor:
+    """The mean or the sum of a batch's losses, or these as they are."""
+    if reduction is None:
+        return losses
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
+class Shares:
+    """Every example's weight in the reduced loss, [n], made once for batches of one size.
+
+    The gradient of Σ weights · losses is that of the reduced loss, to the last bit.
+    """
+
+    def __init__(self, reduction: Reduction) -> None:
+        self.reduction = reduction
+        self._last = torch.empty(0)
+
+    def of(self, losses: Tensor) -> Tensor:
+        """The weights of these examples."""
+        if self._last.shape != losses.shape or self._last.dtype != losses.dtype or self._last.device != losses.device:
+            ones = torch.ones_like(losses)
+            self._last = ones / len(losses) if self.reduction == "mean" else ones
+        return self._last
+
+
 def descend(
-    total: Tensor, parameters: Sequence[Tensor], objective: Objective = PLAIN, edges: Sequence[GradientEdge] = ()
+    total: Tensor,
+    parameters: Sequence[Tensor],
+    objective: Objective = PLAIN,
+    edges: Sequence[GradientEdge] = (),
+    weights: Tensor | None = None,
 ) -> Descent:
-    """Gradients of an objective made of ``total``, with respect to the parameters, and of ``total`` at the edges."""
+    """Gradients of an objective made of ``total``, with respect to the parameters, and of ``total`` at the edges.
+
+    ``weights`` are for the loss alone: ``total`` is then the losses, and what counts is Σ weights · total.
+    """
     if not objective.parameter_penalty:
-        found, at_edges = gradients(total, parameters, edges)
+        found, at_edges = gradients(total, parameters, edges, weights=weights)
         return Descent(found, found, [None] * len(found), at_edges, total)
     found, at_edges = gradients(total, parameters, edges, twice=True)
     penalty = objective.parameter_penalty * square(found)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,7 +19,7 @@ from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory import rng
 from kxexplain.trajectory.batches import fetch
 from kxexplain.trajectory.clipping import Clipping
-from kxexplain.trajectory.forward import Forward, assign, descend, forward, private_copy
+from kxexplain.trajectory.forward import PLAIN, Forward, Shares, assign, descend, forward, private_copy
 from kxexplain.trajectory.log import Modes
 from kxexplain.trajectory.objective import Objective
 from kxexplain.trajectory.records import StepRecord
@@ -92,6 +93,8 @@ class Replayer:
         self._loss = trajectory.loss
         self._clipping = Clipping.noted(trajectory.manifest.settings)
         self.objective = Objective.noted(trajectory.manifest.settings)
+        self._bare = self.objective == PLAIN
+        self._shares = Shares(trajectory.manifest.reduction)
         self._recorded = {state.step for state in trajectory.states}
         self._rng: rng.RngState = {}
         self._stack = ExitStack()
@@ -122,7 +125,10 @@ class Replayer:
         with torch.enable_grad():
             result = self._forward(inputs, targets, watch)
             edges = [] if watch is None else list(watch.edges(result.outputs, result.losses, result.total))
-            descent = descend(result.total, trained, self.objective, edges)
+            if self._bare:  # the same to the last bit, with less to compute
+                descent = descend(result.losses, trained, edges=edges, weights=self._shares.of(result.losses))
+            else:
+                descent = descend(result.total, trained, self.objective, edges)
         if watch is not None:
             watch.collect(descent.edges)
         factor = record.sign * record.clip
@@ -130,7 +136,7 @@ class Replayer:
             parameter.grad = None
         assign(trained, self._clipping.applied(descent.found, factor))
         set_rates(self.optimizer, record.rates)
-        self.optimizer.step()
+        self._take_step()
         self._rng = rng.capture(self.device)
         self.position += 1
         if self.position in self._recorded and indices is None:
@@ -152,13 +158,17 @@ class Replayer:
 
     def copy_state(self) -> Tensors:
         """Detached copies of all parameters and floating-point buffers, by name."""
+        return {name: value.clone() for name, value in self._values().items()}
+
+    def _values(self) -> Tensors:
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        return {k: t.detach().clone() for k, t in tensors.items() if t.is_floating_point()}
+        return {name: t.detach() for name, t in tensors.items() if t.is_floating_point()}
 
     def _look_up(self) -> None:
         """The parameters of this replayer's model and optimiser, which every step asks for."""
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self._names = {id(p): name for name, p in self.parameters.items()}
+        self._take_step = unprofiled(self.optimizer)
         self._optimized = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _next_record(self) -> StepRecord:
@@ -182,7 +192,7 @@ class Replayer:
             inputs,
             targets,
             loss=self._loss,
-            reduction=self.trajectory.manifest.reduction,
+            reduction=None if self._bare and watch is None else self.trajectory.manifest.reduction,
             objective=self.objective,
             around=None if watch is None else watch.forward(inputs),
         )
@@ -198,8 +208,7 @@ class Replayer:
     def _arrive(self) -> None:
         """Compare with the recorded state, then go on from that one."""
         state = self.trajectory.state(self.position)
-        ours = self.copy_state()
-        name, drift = _drift(ours, {**state.parameters, **state.buffers})
+        name, drift = _drift(self._values(), {**state.parameters, **state.buffers})
         self.drift = max(self.drift, drift)
         tolerance = TOLERANCE.get(next(iter(self.parameters.values())).dtype, 2e-2)
         if not drift <= tolerance:
@@ -220,6 +229,19 @@ def _whole(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
+def unprofiled(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """The optimiser's step without what torch wraps around it for profiling and hooks, if it has no hooks."""
+    step: Any = type(optimizer).step
+    if "step" in vars(optimizer) or not (getattr(step, "hooked", False) and hasattr(step, "__wrapped__")):
+        return optimizer.step
+    own, everyones = vars(optimizer), step.__globals__
+    hooks = [own.get(f"_optimizer_step_{when}_hooks") for when in ("pre", "post")]
+    hooks += [everyones.get(f"_global_optimizer_{when}_hooks") for when in ("pre", "post")]
+    if any(found is None or len(found) for found in hooks):  # or this version of torch keeps them elsewhere
+        return optimizer.step
+    return partial(step.__wrapped__, optimizer)
+
+
 def _set_modes(model: nn.Module, modes: Modes) -> None:
     training, frozen = set(modes.training), set(modes.frozen)
     for name, module in model.named_modules():
@@ -234,6 +256,8 @@ def _drift(ours: Tensors, recorded: Tensors) -> tuple[str, float]:
     The scale is a tensor's largest recorded value, but at least ``SMALL`` times the largest of all:
     rounding in a tensor that is almost zero comes from its larger neighbours.
     """
+    if all(torch.equal(tensor.cpu(), recorded[name]) for name, tensor in ours.items()):
+        return "", 0.0
     scales = {k: float(recorded[k].abs().max()) if recorded[k].numel() else 0.0 for k in ours}
     floor = SMALL * max(scales.values())
     worst, drift = "", 0.0

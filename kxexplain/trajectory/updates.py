@@ -10,6 +10,7 @@ actual movement and reports the difference as unattributed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -26,6 +27,17 @@ class Split:
 
     gradient: dict[str, float]
     decay: dict[str, float]
+
+    @cached_property
+    def common(self) -> float | None:
+        """The factor of all gradients, if they have one in common."""
+        factors = set(self.gradient.values())
+        return factors.pop() if len(factors) == 1 else None
+
+    @cached_property
+    def decays(self) -> bool:
+        """Whether any parameter decays."""
+        return any(self.decay.values())
 
 
 def split(optimizer: OptimizerRecord, step: StepRecord) -> Split | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
-from kxexplain.gradients.factors import Dense, Factors, Outer, concatenate, scale
+from kxexplain.gradients.factors import Dense, Factors, Outer, Served, concatenate, scale, signature, take
 from kxexplain.gradients.pile import Pile, bytes_per_row
 from kxexplain.gradients.products import dot, gram
 
@@ -40,6 +43,45 @@ def test_moved_is_the_same_elsewhere() -> None:
         torch.testing.assert_close(gram(other, other), gram(piece, piece), rtol=0, atol=0)
         assert isinstance(other[1], Dense)
         assert other[1].values.untyped_storage().data_ptr() == moved[0][1].values.untyped_storage().data_ptr()
+
+
+def test_inputs_that_stay_in_their_batches() -> None:
+    """Joined when asked for and not before, taken in part, told apart from those that training changes."""
+    pieces = [[replace(step(n)[0], raw=0), *step(n)] for n in (3, 2)]
+    pile = Pile(pieces[0], 5, served=True)
+    for repeat in range(2):
+        pile.clear()
+        for piece in pieces:
+            pile.add(piece, piece[0].rows, -1.0 - repeat)
+        found, joined = (
+            pile.gathered(),
+            concatenate([scale(p, {"w": -1.0 - repeat, "b": -1.0 - repeat, "v": -1.0 - repeat}) for p in pieces]),
+        )
+        assert isinstance(found[0], Served)
+        assert not isinstance(found[1], Served)
+        assert found[0].rows == 5
+        some = take(found, torch.tensor([4, 1]))
+        assert "a" not in vars(found[0])
+        assert "a" not in vars(some[0])
+        torch.testing.assert_close(gram(some, joined), gram(take(joined, torch.tensor([4, 1])), joined), rtol=0, atol=0)
+        torch.testing.assert_close(gram(found, joined), gram(joined, joined), rtol=0, atol=0)
+        assert signature(found) == signature(joined)
+        with pytest.raises(AttributeError, match="weights"):
+            found[0].weights  # noqa: B018
+
+
+def test_weights_wait_until_the_gradients_are_gathered() -> None:
+    """Each row once, also when some were gathered before."""
+    pieces, weights = [step(1), step(2), step(1), step(1)], [2.0, 2.0, 1.0, -3.0]
+    pile = Pile(pieces[0], 5)
+    names = ("w", "b", "v")
+    for count, (piece, weight) in enumerate(zip(pieces, weights, strict=True), 1):
+        pile.add(piece, piece[0].rows, weight)
+        joined = concatenate(
+            [scale(p, dict.fromkeys(names, w)) for p, w in list(zip(pieces, weights, strict=True))[:count]]
+        )
+        if count != 2:
+            torch.testing.assert_close(gram(pile.gathered(), joined), gram(joined, joined), rtol=1e-14, atol=1e-14)
 
 
 def test_what_does_not_fit() -> None:

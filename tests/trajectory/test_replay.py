@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from kxexplain.errors import ArgumentError, DatasetError, ModelError, ReplayError
 from kxexplain.trajectory import Replayer, Trajectory, record, split
+from kxexplain.trajectory.replay import unprofiled
 from tests.trajectory.runs import CASES, Case, assert_same, build, examples, named, parameters_of, plain_loop, sgd
 
 
@@ -189,6 +191,27 @@ def test_watching_gives_gradients_and_disturbs_nothing(tmp_path, name):
             torch.testing.assert_close(at_outputs, outputs.grad)
             torch.testing.assert_close(redone.gradients["0.weight"], at_layer.T @ inputs)
             assert_same(named(replayer.model), passed[step + 1])
+
+
+def test_steps_run_the_hooks_there_are():
+    """Torch's profiling is left out, a hook is not, be it this optimiser's or everyone's; the step is the same."""
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizers = [torch.optim.SGD([w], lr=0.1, momentum=0.9) for w in weights]
+    seen = []
+    note = lambda optimizer, args, kwargs: seen.append(optimizer)  # noqa: E731
+    for count in range(2):
+        for w in weights:
+            w.grad = torch.full((2,), 0.3 + count)
+        optimizers[0].step()
+        unprofiled(optimizers[1])()
+        everyones = register_optimizer_step_post_hook(note)
+        unprofiled(optimizers[2])()
+        everyones.remove()
+    assert seen == [optimizers[2]] * 2
+    assert all(torch.equal(w, weights[0]) for w in weights)
+    assert unprofiled(optimizers[1]) != optimizers[1].step
+    optimizers[1].register_step_pre_hook(note)
+    assert unprofiled(optimizers[1]) == optimizers[1].step
 
 
 @pytest.mark.parametrize("name", ["mlp", "weight decay", "tied", "frozen"])
