@@ -66,8 +66,7 @@ def appetite(model: nn.Module, one: Inputs, layout: Layout, select: Select | Non
         summed = differentiate(values.sum(1, keepdim=True), capture, trainable(model))
     columns = values.shape[1]
     factors = [factor.repeated(columns) for factor in summed]
-    like = (gram if full else gram_trace)(factors, factors)[0]
-    like = like.squeeze(1) if full else like[0]
+    like = gram(factors, factors)[0, :, 0] if full else gram_trace(factors, factors)[0, 0]
     item, kept = like.element_size(), bytes_per_row(factors, 1)
     pair = item * pair_elements(factors, full=full)
     meeting = [] if full else passing(capture)
