@@ -205,19 +205,34 @@ def stacked(use: Use, gradients: Tensor) -> Tensor:
     return torch.stack([rows_first(g, use.axis, use.rows) for g in gradients], 1)
 
 
+def is_rearranged(use: Use) -> bool:
+    """Whether a parameter is used otherwise than as it is stored: a slice or a transpose of it, say."""
+    return any(source.index is not None for source in use.sources.values())
+
+
+def is_plain(use: Use) -> bool:
+    """Whether it is a linear layer, as stored, that meets one vector of each example: the commonest use, by far."""
+    return (
+        use.kind in ("linear", "matmul")
+        and "weight" in use.sources
+        and use.axis == FIRST
+        and use.held["x"].dim() == 2
+        and not is_rearranged(use)
+    )
+
+
 def assemble_linear(use: Use, gradients: Tensor) -> Factors:
     """``linear`` and ``x @ w``: one outer product per position."""
     weight, bias = use.sources.get("weight"), use.sources.get("bias")
     x, transposed = use.held["x"].detach(), use.kind == "matmul"
-    rearranged = weight is None or any(source.index is not None for source in use.sources.values())
     name = None if bias is None else bias.name
-    if weight is not None and not rearranged and use.axis == FIRST and x.dim() == 2:  # the commonest, by far
+    if weight is not None and is_plain(use):
         one = gradients.shape[0] == 1
         g = gradients.reshape(len(x), 1, 1, -1) if one else stacked(use, gradients).unsqueeze(2)
         return [Outer(weight.name, name, x.unsqueeze(1), g, transposed)]
     a = rows_first(x, use.axis, use.rows).reshape(use.rows, -1, x.shape[-1])
     g = stacked(use, gradients).reshape(use.rows, gradients.shape[0], -1, gradients.shape[-1])
-    if weight is not None and not rearranged:
+    if weight is not None and not is_rearranged(use):
         return compact(Outer(weight.name, name, a, g, transposed))
     made: Factors = [] if bias is None else [_placed(bias, g.sum(2))]
     if weight is not None:

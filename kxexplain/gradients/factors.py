@@ -58,6 +58,10 @@ class Outer:
         """Numbers stored."""
         return self.a.numel() + self.g.numel()
 
+    def repeated(self, columns: int) -> Outer:
+        """As many quantities as there were one, with the same gradients, in the same memory."""
+        return replace(self, g=self.g.expand(-1, columns, -1, -1))
+
     def take(self, rows: Tensor | slice) -> Outer:
         """Some of the examples."""
         return self.of(self.a[rows], self.g[rows])
@@ -142,6 +146,10 @@ class Dense:
     def elements(self) -> int:
         """Numbers stored."""
         return self.values.numel()
+
+    def repeated(self, columns: int) -> Dense:
+        """As many quantities as there were one, with the same gradients, in the same memory."""
+        return replace(self, values=self.values.expand(-1, columns, -1))
 
     def take(self, rows: Tensor | slice) -> Dense:
         """Some of the examples."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,29 +89,53 @@ def differentiate(values: Tensor, capture: Capture, parameters: Tensors, *, keep
     One backward pass for each of the c columns, plus one for each example and column if some parameters are
     used in a way that no contact describes.
     """
-    columns = values.shape[1]
-    edges = capture.edges()
     loose = loose_gradients(values, {n: p for n, p in parameters.items() if n in capture.loose})
-    if not edges or not values.requires_grad or columns == 0:
+    if not capture.uses or not values.requires_grad or values.shape[1] == 0:
         return merge(loose)
-    gradients: list[Tensor] = []
-    met: set[int] = set()
+    rooms = Rooms(capture.uses, values.shape[1])
+    for column, passed in enumerate(passes(values, capture.edges(), keep_graph=keep_graph)):
+        rooms.put(column, passed)
+    return assemble(capture, rooms.gathered(), loose)
+
+
+def passes(
+    values: Tensor, edges: Sequence[GradientEdge], *, keep_graph: bool = False
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """One backward pass for each column of ``values`` [n, c]: the gradients at the edges."""
+    columns = values.shape[1]
     for column in range(columns):
         chosen = torch.zeros_like(values)
         chosen[:, column] = 1
         kept = column < columns - 1 or keep_graph
-        passed = torch.autograd.grad(values, edges, chosen, retain_graph=kept, allow_unused=True)
-        met.update(i for i, g in enumerate(passed) if g is not None)
-        found = [_or_zero(g, use) for g, use in zip(passed, capture.uses, strict=True)]
-        if columns == 1:
-            gradients = [g[None] for g in found]
-            break
+        yield torch.autograd.grad(values, edges, chosen, retain_graph=kept, allow_unused=True)
+
+
+class Rooms:
+    """Gradients at some uses, gathered column by column: a pass' memory is free for the next one."""
+
+    def __init__(self, uses: Sequence[Use], columns: int) -> None:
+        self._uses, self._columns = uses, columns
+        self._rooms: list[Tensor] = []
+        self._met: set[int] = set()
+
+    def put(self, column: int, passed: Sequence[Tensor | None]) -> None:
+        """The gradients that one column's pass has left at the uses, ``None`` for zero."""
+        self._met.update(i for i, g in enumerate(passed) if g is not None)
+        found = [_or_zero(g, use) for g, use in zip(passed, self._uses, strict=True)]
+        if self._columns == 1:
+            self._rooms = [g[None] for g in found]
+            return
         if column == 0:
-            gradients = [_room(g, use, columns) for g, use in zip(found, capture.uses, strict=True)]
-        for room, gradient in zip(gradients, found, strict=True):  # this pass' memory is free for the next one
+            self._rooms = [_room(g, use, self._columns) for g, use in zip(found, self._uses, strict=True)]
+        for room, gradient in zip(self._rooms, found, strict=True):
             room[column] = gradient
-    counted = [_counts(use, i in met) for i, use in enumerate(capture.uses)]
-    return assemble(capture, [g if counts else None for g, counts in zip(gradients, counted, strict=True)], loose)
+
+    def gathered(self) -> list[Tensor | None]:
+        """Every use's gradients, [c, …output]; ``None`` of a use without any."""
+        return [
+            room if _counts(use, i in self._met) else None
+            for i, (room, use) in enumerate(zip(self._rooms, self._uses, strict=True))
+        ]
 
 
 def _room(gradient: Tensor, use: Use, columns: int) -> Tensor:
@@ -182,14 +206,21 @@ def output_gradients(
     Returns:
         The quantities, [n, c], without graph, and their gradients.
     """
-    parameters = trainable(model)
-    capture, inputs = Capture(parameters, layout, count(inputs)), copied(inputs)
     with torch.enable_grad():
-        with capture.around():
-            outputs = outputs_2d(call(model, inputs))
-        values = outputs if select is None else select(outputs)
-        factors = differentiate(values, capture, parameters)
+        values, capture = watched(model, copied(inputs), layout, select)
+        factors = differentiate(values, capture, trainable(model))
     return values.detach(), factors
+
+
+def watched(model: nn.Module, inputs: Inputs, layout: Layout, select: Select | None = None) -> tuple[Tensor, Capture]:
+    """The quantities to differentiate, [n, c], with their graph, and the uses of the model's parameters on the way.
+
+    The model may change the inputs in place.
+    """
+    capture = Capture(trainable(model), layout, count(inputs))
+    with capture.around():
+        outputs = outputs_2d(call(model, inputs))
+    return outputs if select is None else select(outputs), capture
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kxexplain.errors import ArgumentError
+from kxexplain.kernels.appetite import Appetite
 
 Span: TypeAlias = slice
 Buffer: TypeAlias = Tensor | np.ndarray
@@ -35,26 +36,41 @@ class Plan:
         batch: examples differentiated at once.
         panel: columns whose gradients are kept.
         tile: rows and columns multiplied at once.
+        joint: examples of both sides together that may be differentiated in one pass; 0 if that gains nothing.
+        pairs: entries of the matrix made in such a pass, at most.
     """
 
     batch: int
     panel: int
     tile: int
+    joint: int = 0
+    pairs: int = 0
 
     @classmethod
-    def within(cls, budget: int, *, kept: int, working: int, pair: int, batch: int | None) -> Plan:
+    def within(cls, budget: int, needs: Appetite, batch: int | None) -> Plan:
         """A plan for so many bytes.
 
         Args:
             budget: half of it is for a panel, a quarter for rows while they are differentiated, an eighth for a tile.
-            kept: bytes that one example's gradients take.
-            working: bytes taken while one example is differentiated.
-            pair: bytes that one pair of examples takes while it is multiplied.
+            needs: what an example takes.
             batch: examples differentiated at once, if the caller has chosen.
         """
-        rows = min(budget // 4, CACHE) // max(1, working) if batch is None else batch
-        tile = int((budget / 8 / max(1, pair)) ** 0.5)
-        return cls(max(1, rows), max(1, budget // 2 // max(1, kept)), max(1, min(tile, TILE)))
+
+        def rows(working: int) -> int:
+            return max(1, min(budget // 4, CACHE) // max(1, working) if batch is None else batch)
+
+        tile = int((budget / 8 / max(1, needs.pair)) ** 0.5)
+        return cls(
+            batch=rows(needs.working),
+            panel=max(1, budget // 2 // max(1, needs.kept)),
+            tile=max(1, min(tile, TILE)),
+            joint=rows(needs.joint) if needs.joint else 0,
+            pairs=budget // 8 // max(1, needs.joint_pair),
+        )
+
+    def at_once(self, n: int, m: int) -> bool:
+        """Whether n × m examples can be differentiated and multiplied in one pass."""
+        return n + m <= self.joint and n * m <= self.pairs
 
     def steps(self, n: int, m: int, *, symmetric: bool) -> list[tuple[Span, Span | None]]:
         """Panels, and the rows that each of them meets; ``None`` where it meets itself."""

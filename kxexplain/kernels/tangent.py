@@ -12,13 +12,15 @@ from kxexplain.errors import ArgumentError, DatasetError, KxError, ModelError
 from kxexplain.gradients.factors import Factors, concatenate
 from kxexplain.gradients.factors import take as rows_of
 from kxexplain.gradients.ordinary import layout_of, output_gradients, trainable
-from kxexplain.gradients.pile import Pile, bytes_per_row
-from kxexplain.gradients.products import diagonal, gram, gram_trace, pair_elements, squared_norm
+from kxexplain.gradients.pile import Pile
+from kxexplain.gradients.products import diagonal, gram, gram_trace, squared_norm
+from kxexplain.gradients.traced import joint_trace
 from kxexplain.gradients.uses import Layout
+from kxexplain.kernels.appetite import appetite
 from kxexplain.kernels.blocks import Buffer, Plan, Span, Target, buffer, spans
 from kxexplain.kernels.budget import parse_bytes, progress_bar
 from kxexplain.shapes import Inputs
-from kxexplain.trajectory.batches import call, copied, count, leaves, outputs_2d, take
+from kxexplain.trajectory.batches import alike, call, copied, count, joined, leaves, outputs_2d, take
 from kxexplain.trajectory.forward import private_copy
 
 Outputs = Literal["trace", "full"] | int
@@ -60,28 +62,10 @@ class TangentKernel:
             raise ModelError("the model has no trainable parameters: its tangent kernel is empty")
         self.outputs = outputs
         self.layout: Layout = layout_of(self.model, inputs, trainable(self.model))
-        self.plan = self._measured(take(inputs, slice(0, 1)), budget, batch)
-
-    def _measured(self, one: Inputs, budget: int, batch: int | None) -> Plan:
-        """Differentiate one example, and see what it takes."""
-        saved = 0
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-
-        def pack(tensor: Tensor) -> Tensor:
-            nonlocal saved
-            if tensor.untyped_storage().data_ptr() not in own:
-                saved += tensor.numel() * tensor.element_size()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            factors = output_gradients(self.model, one, self.layout, self._select())[1]
-        self.like = self.between(factors, factors)[0, 0]
-        self.columns = factors[0].columns
-        kept = bytes_per_row(factors, 1)
-        pair = self.like.element_size() * pair_elements(factors, full=self.outputs == "full")
-        # Every output's pass leaves gradients of about the size of what the forward pass saved.
-        working = 2 * kept + (1 + self.columns) * saved
-        return Plan.within(budget, kept=kept, working=working, pair=pair, batch=batch)
+        one, full = take(inputs, slice(0, 1)), outputs == "full"
+        needs = appetite(self.model, one, self.layout, self._select(), full=full)
+        self.like, self.columns = needs.like, needs.columns
+        self.plan = Plan.within(budget, needs, batch)
 
     def gradients(self, inputs: Inputs) -> Factors:
         """Per-example output gradients of a batch, in factored form."""
@@ -124,6 +108,11 @@ class TangentKernel:
 
     def blocks(self, x1: Inputs, x2: Inputs | None, tick: Callable[[], None]) -> Iterator[tuple[Span, Span, Tensor]]:
         """The matrix' blocks and their places; for ``x2=None`` those on and below the diagonal only."""
+        if x2 is not None and self._meet_at_once(x1, x2):
+            n, m, both = count(x1), count(x2), joined(x1, x2)
+            yield slice(0, n), slice(0, m), joint_trace(self.model, both, n, self.layout, self._select())
+            tick()
+            return
         right = x1 if x2 is None else x2
         held: tuple[Span, Factors] | None = None
         for columns, rows in self.steps(x1, x2):
@@ -138,8 +127,14 @@ class TangentKernel:
 
     def steps(self, x1: Inputs, x2: Inputs | None) -> list[tuple[Span, Span | None]]:
         """What :meth:`blocks` goes through, with a tick after each."""
-        n = count(x1)
-        return self.plan.steps(n, n if x2 is None else count(x2), symmetric=x2 is None)
+        n, m = count(x1), count(x1 if x2 is None else x2)
+        if x2 is not None and self._meet_at_once(x1, x2):
+            return [(slice(0, m), slice(0, n))]
+        return self.plan.steps(n, m, symmetric=x2 is None)
+
+    def _meet_at_once(self, x1: Inputs, x2: Inputs) -> bool:
+        """Whether both sides are differentiated in one pass."""
+        return self.plan.at_once(count(x1), count(x2)) and alike(x1, x2)
 
     def diagonal(self, inputs: Inputs) -> Tensor:
         """K(x, x), [n] or for ``"full"`` [n, C, C], without the matrix."""
@@ -183,10 +178,15 @@ def require_inputs(x1: Inputs, x2: Inputs | None, *, diag: bool) -> None:
         if batch is not None and count(batch) == 0:
             raise DatasetError("there are no inputs; give at least one")
         for path, leaf in [] if batch is None else leaves(batch):
-            if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+            if leaf.is_floating_point() and not _is_finite(leaf):
                 raise DatasetError(f"the inputs{path} hold NaN or infinite values; clean them first")
     if diag and x2 is not None:
         raise ArgumentError("got diag=True and x2; the diagonal is K(x, x) for the inputs x1 alone: leave x2 out")
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all values are; their sum tells it soonest, unless it overflows."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def integrate(

@@ -116,6 +116,31 @@ def mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     return tuple(mapped(value, change) for value in inputs)
 
 
+def alike(first: Inputs, second: Inputs) -> bool:
+    """Whether two batches hold examples of one kind, so that they can be joined.
+
+    >>> alike(torch.zeros(2, 3), torch.zeros(4, 3)), alike(torch.zeros(2, 3), torch.zeros(2, 4))
+    (True, False)
+    """
+    one, other = (
+        [(path, x.shape[1:], x.dtype, x.device, x.layout) for path, x in leaves(batch)] for batch in (first, second)
+    )
+    return one == other
+
+
+def joined(first: Inputs, second: Inputs) -> Inputs:
+    """One batch after the other, of the same nesting; a batch of its own.
+
+    >>> joined((torch.zeros(1), {"mask": torch.ones(1)}), (torch.ones(1), {"mask": torch.ones(1)}))
+    (tensor([0., 1.]), {'mask': tensor([1., 1.])})
+    """
+    if isinstance(first, Tensor):
+        return torch.cat([first, cast(Tensor, second)])
+    if isinstance(first, Mapping):
+        return {key: joined(value, cast(Mapping[str, Any], second)[key]) for key, value in first.items()}
+    return tuple(joined(*pair) for pair in zip(first, cast(Sequence[Any], second), strict=True))
+
+
 def count(inputs: Inputs) -> int:
     """Number of rows of a batch; ``DatasetError`` if its tensors disagree.
 
