@@ -269,8 +269,8 @@ def first_outputs(model: nn.Module, inputs: Inputs) -> Tensor:
     try:
         together = evaluate(model, inputs)
         failing = "the model takes the queries together, but not one alone (batch norm needs track_running_stats=True)"
-        alone = evaluate(model, take(inputs, slice(0, 1)))
-        again = evaluate(model, take(inputs, slice(0, 1))) if count(inputs) > 1 else together
+        single = count(inputs) == 1
+        alone, again = (together if single else evaluate(model, take(inputs, slice(0, 1))) for _ in range(2))
     except (KxError, torch.OutOfMemoryError):
         raise
     except Exception as error:

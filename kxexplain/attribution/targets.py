@@ -115,7 +115,7 @@ def _loss(outputs: Tensor, labels: Tensor | None, loss: LossFunction | None, sha
     def select(values: Tensor, rows: Tensor | slice) -> Tensor:
         assert loss is not None
         losses = loss(values if len(shape) == 1 else values.reshape(-1, *shape), known[rows])
-        return losses.reshape(-1, 1)
+        return losses.column() if isinstance(losses, TwoPoint) and losses.start.dim() == 1 else losses.reshape(-1, 1)
 
     return ResolvedTarget("loss", select, None, None)
 

@@ -175,11 +175,13 @@ def attention(
 
 
 def cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """log_softmax, which is exact, then an operation linear in it."""
+    """log_softmax, which is exact, then an operation linear in it; at once for plain classes."""
     names = ("target", "weight", "reduction", "ignore_index", "label_smoothing")
     given = dict(zip(names, args[1:], strict=False)) | kwargs
     target, smoothing, weight = given["target"], given.get("label_smoothing") or 0.0, given.get("weight")
     reduction, ignored = given.get("reduction", 1), given.get("ignore_index", -100)
+    if weight is None and not smoothing and reduction == 0 and _classes(args[0], target, ignored):
+        return _of_classes(args[0], target)
     logarithms = torch.log_softmax(args[0], 1)
     if not smoothing and not target.is_floating_point():
         return torch._C._nn.nll_loss_nd(logarithms, target, weight, reduction, ignored)
@@ -194,6 +196,24 @@ def cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     losses = -(1 - smoothing) * weighted.gather(1, index).squeeze(1) - smoothing * weighted.mean(1)
     shares = kept.to(losses.dtype) if weight is None else weight[index.squeeze(1)] * kept
     return _reduced(losses * kept, reduction, shares.sum())
+
+
+def _classes(u: Any, target: Tensor, ignored: int) -> bool:
+    """Whether these are logits [n, C] and the classes of every example."""
+    plain = is_two_point(u) and u.start.dim() == 2 and not is_two_point(target) and target.dtype == torch.int64
+    return plain and int(target.min()) >= 0 and (ignored < 0 or not bool((target == ignored).any()))
+
+
+def _of_classes(u: TwoPoint, target: Tensor) -> TwoPoint:
+    """Losses −log p_y = logsumexp(u) − u_y, whose map is L/ΣL less one at y."""
+    start, end, mean = _log_softmaxes(u, 1)
+    with torch.no_grad():
+        classes = target[:, None]
+        pull = (mean / mean.sum(1, keepdim=True)).scatter_add_(1, classes, -torch.ones_like(mean[:, :1]))
+        first, last = (-logarithms.gather(1, classes)[:, 0] for logarithms in (start, end))
+    with u.tracer.watching():
+        middle = (pull * u.middle.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)).sum(1)
+    return TwoPoint(first, last, settle(middle, first, last, u.tracer), u.tracer)
 
 
 def _reduced(losses: Any, reduction: int, count: Any) -> Any:

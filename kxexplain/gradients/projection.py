@@ -133,7 +133,9 @@ class Projection:
         else:
             each = part.values.shape[1] * min(self.shapes[part.weight]) * k
         step = max(1, ELEMENTS // max(1, each))
-        pieces = [part.take(slice(at, at + step)) for at in range(0, max(1, part.rows), step)]
+        pieces = [part]
+        if part.rows > step:
+            pieces = [part.take(slice(at, at + step)) for at in range(0, part.rows, step)]
         done = [_outer(p, sides) if isinstance(p, Outer) else _dense(p, sides) for p in pieces]
         return done[0] if len(done) == 1 else torch.cat(done)
 

@@ -168,6 +168,12 @@ class TwoPoint(Tensor):
         start, end = (torch.cat([getattr(part, at) for part in parts], 1) for at in ("start", "end"))
         return TwoPoint(start, end, middle, parts[0].tracer)
 
+    def column(self) -> TwoPoint:
+        """A tensor [n] as [n, 1]."""
+        with self.tracer.watching():
+            middle = self.middle[:, None]
+        return TwoPoint(self.start[:, None], self.end[:, None], middle, self.tracer)
+
     def become(self, other: TwoPoint) -> TwoPoint:
         """Take the other's values, as an in-place operation does."""
         self.start, self.end, self.middle = other.start, other.end, other.middle
