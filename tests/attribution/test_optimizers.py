@@ -70,7 +70,7 @@ def test_complete(name: str, model: str, dtype: torch.dtype, tmp_path: Path) -> 
     trajectory = run(problem, tmp_path, optimizer=OPTIMIZERS[name](problem.model.parameters()), batches=batches)
     for stride in (2, None) if quick and dtype == torch.float64 else (2,):
         with warnings.catch_warnings():
-            if model in TAKEN_AWAY:
+            if model in TAKEN_AWAY or dtype == torch.float32:  # some, of a key's bias before a softmax for one
                 warnings.filterwarnings("ignore", "(?s).*nothing but rounding", UnattributedWarning)
             explanation = explained(problem, trajectory, stride=stride, kernel=False)
         assert_complete(explanation, KEPT[dtype] + (0.0 if quick or dtype == torch.float64 else rounding(explanation)))
