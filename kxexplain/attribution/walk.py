@@ -80,8 +80,9 @@ class Movement:
 
 def _add(sums: Tensors, values: Tensors, by: dict[str, float]) -> None:
     """Add by · values to the sums, all parameters of one factor in one call."""
-    for name in values.keys() - sums.keys():
-        sums[name] = torch.zeros_like(values[name])
+    for name, value in values.items():
+        if name not in sums:
+            sums[name] = torch.zeros_like(value)
     for factor in {by[name] for name in values}:
         names = [name for name in values if by[name] == factor]
         torch._foreach_add_([sums[name] for name in names], [values[name] for name in names], alpha=factor)

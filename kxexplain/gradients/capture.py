@@ -51,7 +51,6 @@ class Capture(TorchFunctionMode):
         self.free: list[bool] = []
         self.sources: dict[int, Source] = {}
         self.begin(rows)
-        self._find_sources()
 
     def begin(self, rows: int) -> None:
         """Forget what was seen: another batch of so many examples comes."""
@@ -63,6 +62,7 @@ class Capture(TorchFunctionMode):
         self.lengths: dict[tuple[Place, Any], int] = {}
         self.place: Place = (0, 0)
         self.derivations = Derivations(parameters)
+        self._find_sources()
 
     def around(self) -> AbstractContextManager[Any]:
         """Entered around the forward pass."""
@@ -82,7 +82,7 @@ class Capture(TorchFunctionMode):
             self.place = (call, 0)
 
     def shifted(self, value: Tensor, shift: Tensor) -> Tensor:
-        """What an operation has just made plus a constant, which is no operation of the forward code.
+        """What an operation has just made (none of its inputs) plus a constant: no operation of the forward code.
 
         In place where no other tensor shares the memory: the graph stays. A value that parameters alone were made into
         is computed again later (:class:`Derivations`), and the constant with it.

@@ -180,7 +180,7 @@ def cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     given = dict(zip(names, args[1:], strict=False)) | kwargs
     target, smoothing, weight = given["target"], given.get("label_smoothing") or 0.0, given.get("weight")
     reduction, ignored = given.get("reduction", 1), given.get("ignore_index", -100)
-    if weight is None and not smoothing and reduction == 0 and _classes(args[0], target, ignored):
+    if weight is None and not smoothing and reduction == 0 and _are_classes(args[0], target, ignored):
         return _of_classes(args[0], target)
     logarithms = torch.log_softmax(args[0], 1)
     if not smoothing and not target.is_floating_point():
@@ -198,7 +198,7 @@ def cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return _reduced(losses * kept, reduction, shares.sum())
 
 
-def _classes(u: Any, target: Tensor, ignored: int) -> bool:
+def _are_classes(u: Any, target: Tensor, ignored: int) -> bool:
     """Whether these are logits [n, C] and the classes of every example."""
     plain = is_two_point(u) and u.start.dim() == 2 and not is_two_point(target) and target.dtype == torch.int64
     return plain and int(target.min()) >= 0 and (ignored < 0 or not bool((target == ignored).any()))

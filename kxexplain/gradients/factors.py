@@ -60,7 +60,7 @@ class Outer:
 
     def repeated(self, columns: int) -> Outer:
         """As many quantities as there were one, with the same gradients, in the same memory."""
-        return replace(self, g=self.g.expand(-1, columns, -1, -1))
+        return self.of(self.a, self.g.expand(-1, columns, -1, -1))
 
     def take(self, rows: Tensor | slice) -> Outer:
         """Some of the examples."""

@@ -270,7 +270,6 @@ class StepGradients:
         if chosen:
             share = torch.autograd.grad(total, losses, retain_graph=True)[0]
             self._loose = loose_gradients((losses * share)[:, None], chosen)
-        self._outputs = outputs
         return [*([] if self.whole else self.capture.edges()), get_gradient_edge(outputs)]
 
     def collect(self, gradients: Sequence[Tensor | None]) -> None:

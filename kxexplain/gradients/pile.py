@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kxexplain.errors import ModelError
 from kxexplain.gradients.factors import Factor, Factors, Outer, Served, signature, size, take
 
 
@@ -25,7 +26,7 @@ class Pile:
 
     def __init__(self, like: Factors, capacity: int, *, served: bool = False) -> None:
         self.signature, self.capacity, self.rows = signature(like), capacity, 0
-        self._batches: dict[int, list[Tensor]] = {
+        self._batches: dict[int, list[tuple[Tensor, int]]] = {
             at: [] for at, f in enumerate(like) if served and isinstance(f, Outer) and f.raw is not None
         }
         self._room = [_room(f, capacity, at in self._batches) for at, f in enumerate(like)]
@@ -45,7 +46,7 @@ class Pile:
         for at, batches in self._batches.items():
             factor = factors[at]
             assert isinstance(factor, Outer)
-            batches.append(factor.a)
+            batches.append((factor.a, factor.a._version))
         if not self._weights or self._weights[-1][1] != weight:
             self._weights.append((start, weight))
         self.rows = stop
@@ -85,6 +86,8 @@ class Pile:
 
     def _weigh(self) -> None:
         """Multiply what was added with its weights, all rows of one weight in one call."""
+        if not self._weights:
+            return
         stops = [start for start, _ in self._weights[1:]] + [self.rows]
         for (start, weight), stop in zip(self._weights, stops, strict=True):
             if weight != 1:
@@ -99,8 +102,15 @@ def _room(like: Factor, capacity: int, served: bool) -> Factor:
     return like.emptied(capacity)
 
 
-def _joining(batches: list[Tensor]) -> Callable[[], Tensor]:
-    return lambda: torch.cat(batches)
+def _joining(batches: list[tuple[Tensor, int]]) -> Callable[[], Tensor]:
+    """Joins batches, which must be as they came: ``ModelError`` where they are not."""
+
+    def find() -> Tensor:
+        if any(batch._version != version for batch, version in batches):
+            raise ModelError("the model changes a batch in place after its step; have it keep a copy (x.clone())")
+        return torch.cat([batch for batch, _ in batches])
+
+    return find
 
 
 def bytes_per_row(factors: Factors, rows: int) -> int:

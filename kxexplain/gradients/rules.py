@@ -43,7 +43,11 @@ def quadratic(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return secant(func, args, kwargs)
     starts, ends = both_ends(func, args, kwargs)
     linear = len(inputs) == 1 and name_of(func) not in ("square", "pow")
-    return _join(starts, ends, in_middle(func, args, kwargs), inputs[0].tracer, settled=linear)
+    middles, own = in_middle(func, args, kwargs), {id(u.middle) for u in inputs}
+    if not linear and any(id(t) in own for t in nested.leaves(middles)):  # type_as, say, may return its input itself
+        with inputs[0].tracer.watching():
+            middles = nested.change(middles, lambda t: t.view_as(t) if id(t) in own else t)
+    return _join(starts, ends, middles, inputs[0].tracer, settled=linear)
 
 
 def _join(starts: Any, ends: Any, middles: Any, trace: Trace, *, settled: bool = False) -> Any:

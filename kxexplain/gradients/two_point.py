@@ -116,14 +116,14 @@ class Watched:
         self.trace = trace
 
     def __enter__(self) -> None:
-        self.grad = torch.is_grad_enabled()
-        torch.set_grad_enabled(True)
         self.trace.watch.enter(self.trace.call)
         self.trace.watch.__enter__()
+        self.grad = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
 
     def __exit__(self, *details: Any) -> None:
-        self.trace.watch.__exit__(*details)
         torch.set_grad_enabled(self.grad)
+        self.trace.watch.__exit__(*details)
 
 
 class TwoPoint(Tensor):

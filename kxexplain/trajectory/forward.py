@@ -122,14 +122,18 @@ class Shares:
 
     def __init__(self, reduction: Reduction) -> None:
         self.reduction = reduction
-        self._last = torch.empty(0)
+        self._weights = torch.empty(0)
 
     def of(self, losses: Tensor) -> Tensor:
         """The weights of these examples."""
-        if self._last.shape != losses.shape or self._last.dtype != losses.dtype or self._last.device != losses.device:
+        if (
+            self._weights.shape != losses.shape
+            or self._weights.dtype != losses.dtype
+            or self._weights.device != losses.device
+        ):
             ones = torch.ones_like(losses)
-            self._last = ones / len(losses) if self.reduction == "mean" else ones
-        return self._last
+            self._weights = ones / len(losses) if self.reduction == "mean" else ones
+        return self._weights
 
 
 def descend(

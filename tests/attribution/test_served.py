@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 import kxexplain as kx
 from kxexplain.attribution.decompose import contributions_of
 from kxexplain.gradients import pile
+from kxexplain.gradients.factors import Outer
 from tests.laws import assert_same_bill
 
 EXAMPLES, EPOCHS = 12, 4
@@ -55,9 +56,9 @@ def joins(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     joining = pile._joining
 
-    def counting(batches: list[Tensor]) -> Any:
+    def counting(batches: list[tuple[Tensor, int]]) -> Any:
         def join() -> Tensor:
-            found.append(sum(map(len, batches)))
+            found.append(sum(len(batch) for batch, _ in batches))
             return joining(batches)()
 
         return join
@@ -103,3 +104,16 @@ def test_some_examples_only(tmp_path: Path) -> None:
     found = contributions_of(trajectory, model, data, queries, "predicted", some)
     whole = kx.explain(trajectory, model, data, queries)
     torch.testing.assert_close(found, whole.contributions[:, some], rtol=1e-12, atol=1e-14)
+
+
+def test_a_batch_that_is_overwritten_later_is_noticed() -> None:
+    """By a model that keeps its last batch, say; silently, the products would be wrong."""
+    batch = torch.randn(4, 6)
+    made = Outer("w", "b", batch.unsqueeze(1), torch.randn(4, 1, 1, 3), raw=0)
+    gathered = pile.Pile([made], 4, served=True)
+    gathered.add([made], 4, 1.0)
+    batch.zero_()
+    (found,) = gathered.gathered()
+    assert isinstance(found, Outer)
+    with pytest.raises(kx.ModelError, match=r"changes a batch in place .* keep a copy"):
+        _ = found.a

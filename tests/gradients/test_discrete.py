@@ -243,3 +243,28 @@ def test_no_model_falls_back_unnoticed(name: str, monkeypatch: pytest.MonkeyPatc
     discrete(start, moved(start, 0.1, problem.model), problem.inputs, EVERY)
     assert not made[-1].loose
     assert discrete.one_by_one == (name in ALONE)
+
+
+@pytest.mark.parametrize("name", ["type_as", "to", "broadcast_tensors"])
+def test_operations_that_return_an_input_leave_it_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier operation has saved of it would be changed, and the code no longer followed."""
+    monkeypatch.setattr(DiscreteGradient, "_at_midpoint", lambda *_: pytest.fail("not followed"))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.a(x).tanh(), self.b(x)
+            product = a * a
+            again = torch.broadcast_tensors(product, b)[0] if name == "broadcast_tensors" else getattr(product, name)(b)
+            return product * b + again * product
+
+    torch.manual_seed(0)
+    model = Model().double()
+    start = moving(model)
+    end = {key: value + 0.3 * torch.randn_like(value) for key, value in start.items()}
+    found = DiscreteGradient(model, list(start))(start, end, torch.randn(5, 4, dtype=torch.float64), EVERY)
+    assert found.correction is None
+    torch.testing.assert_close(found.along(found.direction), found.end - found.start, rtol=1e-12, atol=1e-12)
