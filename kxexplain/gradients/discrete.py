@@ -3,7 +3,7 @@ r"""The discrete gradient of a model between two parameter vectors: ⟨D(x), θ'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,7 @@ class Change:
     direction: Tensors
 
     @classmethod
-    def between(cls, start: Tensors, end: Tensors, names: Iterable[str]) -> Change:
+    def between(cls, start: Tensors, end: Tensors, names: Sequence[str]) -> Change:
         """The change of these names' values."""
         start, end = ({name: state[name] for name in names} for state in (start, end))
         middle = {name: ((start[name] + end[name]) / 2).requires_grad_() for name in start}

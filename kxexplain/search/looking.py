@@ -15,7 +15,7 @@ from kxexplain.search.vectors import Vectors
 
 FEWEST, MOST, SHARE = 300, 1000, 100
 """FAISS is asked for a hundredth of the rows, within these bounds, or ten times those wanted if that is more: their
-exact products decide. Of 60,000 images the ten best of the exact scan are then among them, for 200 queries of 200."""
+exact products decide. Of 60,000 images that finds what the exact scan does (tests/benchmarks/fashion_retrieval.py)."""
 
 
 def candidates_for(k: int, count: int) -> int:

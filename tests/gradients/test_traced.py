@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +18,7 @@ from kxexplain.gradients.traced import joint_trace, passing
 from kxexplain.kernels import TangentKernel
 from tests import reference
 from tests.laws import FACTORED, assert_close
+from tests.memory import MEASURED, peak
 
 
 class Net(nn.Module):
@@ -150,35 +148,26 @@ class Mean(nn.Module):
         return x.mean(1)
 
 
-PEAK = """
-import torch
-import kxexplain as kx
-def held():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
-torch.set_num_threads(1)
+MODEL = """
 model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.{middle}, torch.nn.Tanh(), torch.nn.Linear(256, 100))
 x = torch.randn(1000, 64)
 kx.tangent_kernel(model, x[:4], x[:2])
-before = held()
-kx.tangent_kernel(model, x, x[:500], memory={memory!r}{options})
-print(held() - before)
 """
 
 
-def peak(middle: str, memory: str, options: str = "") -> float:
-    """Megabytes that a Gram matrix takes at most, in a process of its own."""
-    code = PEAK.format(middle=middle, memory=memory, options=options)
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+def taken(middle: str, memory: str, options: str = "") -> float:
+    """Megabytes that a Gram matrix takes at most."""
+    return peak(MODEL.format(middle=middle), f"kx.tangent_kernel(model, x, x[:500], memory={memory!r}{options})")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read where Linux shows it")
+@pytest.mark.skipif(not MEASURED, reason="peak memory is read where Linux shows it")
 def test_takes_no_room_for_all_outputs() -> None:
     """100 outputs' gradients at 256 units take 150 MB for 1,500 examples; none of it where they meet in one pass.
 
     A norm between the layers needs room of its own: within the budget either way.
     """
-    assert peak("Identity()", "1GB", ", batch=1000") > 100
-    assert peak("Identity()", "1GB") < 60
+    assert taken("Identity()", "1GB", ", batch=1000") > 100
+    assert taken("Identity()", "1GB") < 60
     for middle in ("Identity()", "LayerNorm(256)"):
-        assert peak(middle, "100MB") < 100 + 2 + 5  # the matrix itself has 2 MB
+        assert taken(middle, "100MB") < 100 + 2 + 5  # the matrix itself has 2 MB

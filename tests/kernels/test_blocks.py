@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from kxexplain.trajectory.batches import take
 from tests import reference
 from tests.cases import CASES
 from tests.laws import assert_close, assert_positive_semidefinite
+from tests.memory import MEASURED, peak
 from tests.runs import run
 
 NAMES = ["mlp-relu", "cnn-max", "tied-embedding"]
@@ -174,31 +173,22 @@ def test_convolutions_on_small_maps_stay_factored(bias: bool, dtype: torch.dtype
     assert_close(diag, dense(model, x, x, "full").diagonal().movedim(-1, 0), tolerance)
 
 
-PEAK = """
-import torch
-import kxexplain as kx
-def held():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
-torch.set_num_threads(1)
+MODEL = """
 model = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(800, 10))
 x = torch.randn({rows}, 1, 12, 12)
 kx.tangent_kernel(model, x[:4], memory=1)
-before = held()
-kx.tangent_kernel(model, x, memory={memory!r}{options})
-print(held() - before)
 """
 
 
-def peak(rows: int, memory: str, options: str = "") -> float:
-    """Megabytes that a Gram matrix takes at most, in a process of its own."""
-    code = PEAK.format(rows=rows, memory=memory, options=options)
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+def taken(rows: int, memory: str, options: str = "") -> float:
+    """Megabytes that a Gram matrix takes at most."""
+    return peak(MODEL.format(rows=rows), f"kx.tangent_kernel(model, x, memory={memory!r}{options})")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read where Linux shows it")
+@pytest.mark.skipif(not MEASURED, reason="peak memory is read where Linux shows it")
 def test_memory_stays_within_the_budget() -> None:
     """Gradients of all 1,000 examples take 80 MB; within 20 MB, what is taken does not grow with their number."""
-    assert peak(1000, "1GB") > 45  # of the 80 MB some reuse freed memory; far above the bound that follows
-    assert peak(1000, "20MB") < 20 + 4 + 5  # the matrix itself has 4 MB
-    assert peak(1000, "20MB", ", diag=True") < 20
+    assert taken(1000, "1GB") > 45  # of the 80 MB some reuse freed memory; far above the bound that follows
+    assert taken(1000, "20MB") < 20 + 4 + 5  # the matrix itself has 4 MB
+    assert taken(1000, "20MB", ", diag=True") < 20
