@@ -199,7 +199,12 @@ def integrate(
     out: Buffer | None,
     progress: tuple[bool, int],
 ) -> Tensor:
-    """Σ_s w_s K_{θ_s}, block by block; drawing a weight from ``states`` loads its state into the kernel's model."""
+    """Σ_s w_s K_{θ_s}, block by block; drawing a weight from ``states`` loads its state into the kernel's model.
+
+    ``DatasetError`` if the model cannot take ``x2``, before anything is written.
+    """
+    if x2 is not None:
+        require_accepted(kernel.model, x2)
     n = count(x1)
     shape = (n,) if diag else (n, n if x2 is None else count(x2))
     target = Target(buffer(out, (*shape, *kernel.like.shape), kernel.like), symmetric=x2 is None and not diag)
@@ -249,7 +254,7 @@ def tangent_kernel(
 
     Raises:
         ModelError: no trainable parameter.
-        DatasetError: no inputs.
+        DatasetError: no inputs, values that are not finite, or inputs that the model cannot take.
         ArgumentError: an unknown value of ``outputs``, ``batch`` or ``memory``, a diagonal between two batches, or a
             buffer of another shape or dtype.
 

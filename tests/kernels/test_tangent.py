@@ -127,3 +127,11 @@ def test_inputs_that_are_wrong() -> None:
     for inputs in (torch.zeros(4, 2), torch.full((4, 5), float("nan"))):
         with pytest.raises(kx.DatasetError):
             kx.tangent_kernel(model, inputs)
+
+
+def test_other_inputs_that_the_model_cannot_take() -> None:
+    """They are told of as those on the left are, and nothing is written."""
+    buffer = torch.full((3, 2), 7.0)
+    with pytest.raises(kx.DatasetError, match=r"cannot take the inputs .* got torch.float32 \(2, 5\)"):
+        kx.tangent_kernel(nn.Linear(4, 2), torch.randn(3, 4), torch.randn(2, 5), out=buffer)
+    assert bool((buffer == 7).all())
