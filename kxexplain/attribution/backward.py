@@ -206,7 +206,8 @@ class _Costate:
         """D of every parameter, [q, c, p]."""
         if not self.written:
             q, c = self.secants[0][1].start.shape
-            self.written = {n: p.new_zeros(q, c, p.numel()) for n, p in self.walk.parameters.items()}
+            dtype = self.walk.dtype
+            self.written = {n: p.new_zeros(q, c, p.numel(), dtype=dtype) for n, p in self.walk.parameters.items()}
             for weight, secant in self.secants:
                 for part in (d for f in secant.factors for d in f.dense()):
                     if part.weight in self.written:

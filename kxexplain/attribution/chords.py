@@ -35,6 +35,7 @@ class ChordWalk:
         budget: bytes that buffered updates may take.
         jacobian: also collect output gradients (for C × C kernels).
         examples: only these dataset indices are gone through, all if ``None``; the movement told is theirs alone.
+        dtype: of what is collected and accounted for, if not the model's own.
         tick: called after every chord.
 
     Raises:
@@ -55,12 +56,13 @@ class ChordWalk:
         budget: int = 1 << 28,
         jacobian: bool = False,
         examples: Tensor | None = None,
+        dtype: torch.dtype | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         trajectory.check_model(model)
         trajectory.check_dataset(dataset)
         self.trajectory, self.dataset = trajectory, dataset
-        self.budget, self.jacobian, self.tick = budget, jacobian, tick
+        self.budget, self.jacobian, self.dtype, self.tick = budget, jacobian, dtype, tick
         self.bounds = bounds(trajectory, stride)
         self.loss, self.names = trajectory.loss, trajectory.manifest.optimizer.groups[0].names
         count = trajectory.manifest.dataset.count
@@ -92,7 +94,7 @@ class ChordWalk:
 
     def _values(self, state: State) -> Tensors:
         values = {**state.parameters, **state.buffers}
-        return {name: v.to(self.device) for name, v in values.items() if v.is_floating_point()}
+        return {name: v.to(self.device, self.dtype or v.dtype) for name, v in values.items() if v.is_floating_point()}
 
     def _chord(self, chord: int, segment: Segment, movement: Movement, visitor: Visitor) -> None:
         """What all examples put into one chord, batch by batch."""
@@ -113,14 +115,15 @@ class ChordWalk:
     ) -> None:
         """Some examples' gradients; ``left`` is how many visits the segment still has."""
         inputs, targets = fetch(self.dataset, indices, self.device)
-        watch = StepGradients(self.layout, self.parameters, len(indices), self.jacobian)
+        watch = StepGradients(self.layout, self.parameters, len(indices), self.jacobian, dtype=self.dtype)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             around = watch.forward(inputs)
             result = forward(self.model, inputs, targets, loss=self.loss, reduction="sum", around=around)
             edges = watch.edges(result.outputs, result.losses, result.total)
             found, at_edges = gradients(result.total, list(self.parameters.values()), edges)
         watch.collect(at_edges)
-        movement.add(parts, {n: g for n, g in zip(self.parameters, found, strict=True) if g is not None}, {})
+        sums = {n: g for n, g in zip(self.parameters, found, strict=True) if g is not None}
+        movement.add(parts, watch.accounted(sums), {})
         if not watch.factors:
             return
         factors, jacobian = scale(watch.factors, parts.gradient), None

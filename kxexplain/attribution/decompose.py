@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from kxexplain.attribution import precision as precisions
 from kxexplain.attribution.backward import BackwardWalk
 from kxexplain.attribution.chords import ChordWalk
 from kxexplain.attribution.ledger import Ledger
@@ -22,7 +26,7 @@ from kxexplain.attribution.result import Explanation
 from kxexplain.attribution.targets import TargetSpec
 from kxexplain.attribution.unattributed import missing_part, unattributed_part
 from kxexplain.attribution.walk import Walk, bounds
-from kxexplain.errors import ArgumentError, IncompleteWarning, UnattributedWarning
+from kxexplain.errors import ArgumentError, IncompleteWarning, KxError, ModelError, UnattributedWarning
 from kxexplain.kernels import quadrature
 from kxexplain.kernels.budget import parse_bytes, progress_bar
 from kxexplain.shapes import Examples, Inputs
@@ -42,6 +46,7 @@ def explain(
     decay: str = "line",
     kernel: bool = True,
     memory: str | int = "1GB",
+    precision: str = "auto",
     progress: bool = False,
 ) -> Explanation:
     """Itemise predictions over the training examples, exactly.
@@ -62,6 +67,9 @@ def explain(
         kernel: also accumulate the path kernel, from which α follows. With ``target="all"`` that takes a backward
             pass per output and step.
         memory: bytes for intermediate values, as a number or like ``"500MB"``.
+        precision: ``"model"`` computes in the model's type, ``"double"`` in float64, of which the result is then;
+            ``"auto"`` in the model's, and again in float64 where rounding left a remainder above 5e-6 of the change
+            of a float32 model (under adaptive optimisers, examples' amounts can be thousands of times the change).
         progress: show a bar over the replayed steps.
 
     Returns:
@@ -73,11 +81,11 @@ def explain(
 
     Raises:
         ModelError: not the recorded architecture, or one whose outputs are not the same twice or depend on the other
-            queries.
+            queries; one that cannot compute in float64, if that is asked for.
         DatasetError: not the recorded examples, no queries, or queries that the model cannot take.
         TargetError: the target does not exist.
-        ArgumentError: an unknown rule, stride, amount of memory or way of accounting for decay; charged decay of
-            imported checkpoints, which nobody knows.
+        ArgumentError: an unknown rule, stride, amount of memory, precision or way of accounting for decay; charged
+            decay of imported checkpoints, which nobody knows; float64 asked of a device that has none.
         ReplayError: the log does not lead to the recorded states.
 
     Source: discrete gradients, Gonzalez 1996; the kernel form, Domingos 2020 (arXiv 2012.00152).
@@ -91,7 +99,9 @@ def explain(
     >>> bool((bill - explanation.prediction).abs() < 1e-6)
     True
     """
-    side = QuerySide.prepare(Ends.of(trajectory, model), queries, target, quadrature.rule(rule), parse_bytes(memory))
+    question = _Question(trajectory, model, queries, target, rule, memory)
+    side = question.side()
+    precisions.check(precision, side.prediction)
     bounds(trajectory, stride)
     if decay not in ("line", "charged"):
         raise ArgumentError(f'got decay={decay!r}; expected "line" or "charged"')
@@ -99,18 +109,13 @@ def explain(
         raise ArgumentError(
             f'{trajectory.path} was made of checkpoints: nobody knows its decay; leave out decay="charged"'
         )
-    jacobian = kernel and side.target.components is not None
-    with progress_bar(progress, len(trajectory)) as tick, ExitStack() as stack:
-        walk: Walk | ChordWalk | BackwardWalk
-        if remembers(trajectory, decay):
-            replayer, charge = stack.enter_context(Replayer(trajectory, model, dataset)), decay == "charged"
-            walk = BackwardWalk(replayer, side, stride=stride, jacobian=jacobian, charge=charge, tick=tick)
-        else:
-            options: dict[str, Any] = {"stride": stride, "budget": side.budget // 2, "jacobian": jacobian, "tick": tick}
-            walk = stack.enter_context(forward_walk(trajectory, model, dataset, **options))
-        ledger = Ledger(side, trajectory.manifest.dataset.count, len(walk.bounds) - 1, kernel=kernel)
-        walk.visit(ledger)
-    explanation = ledger.explanation(trajectory, dataset, walk.bounds, walk.drift)
+    itemised = partial(
+        _itemised, trajectory, model, dataset, stride=stride, decay=decay, kernel=kernel, progress=progress
+    )
+    explanation = itemised(question.wide_side() if precision == "double" else side)
+    if precision == "auto" and side.rule.exact and precisions.is_lost(explanation):
+        with suppress(ModelError):  # one that cannot: the remainder says what is missing
+            explanation = itemised(question.wide_side())
     left = unattributed_part(explanation, trajectory)
     if left is not None:
         warnings.warn(left, UnattributedWarning, stacklevel=2)
@@ -118,6 +123,63 @@ def explain(
     if missing is not None:
         warnings.warn(missing, IncompleteWarning, stacklevel=2)
     return explanation
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked, of which training."""
+
+    trajectory: Trajectory
+    model: nn.Module
+    queries: Any
+    target: TargetSpec
+    rule: str = "discrete"
+    memory: str | int = "1GB"
+
+    def side(self, dtype: torch.dtype | None = None) -> QuerySide:
+        """The queries' side, everything about them checked, in the model's type or another."""
+        ends = Ends.of(self.trajectory, self.model, dtype)
+        return QuerySide.prepare(ends, self.queries, self.target, quadrature.rule(self.rule), parse_bytes(self.memory))
+
+    def wide_side(self) -> QuerySide:
+        """The same in float64; ``ModelError`` if the model, which takes the queries in its own type, does not."""
+        try:
+            return self.side(torch.float64)
+        except KxError as error:
+            raise ModelError(
+                f"the model cannot compute in float64: {error}; make what it creates in forward follow its input's "
+                'type (torch.zeros(n, dtype=x.dtype), say), or leave out precision="double"'
+            ) from error
+
+
+def _itemised(
+    trajectory: Trajectory,
+    model: nn.Module,
+    dataset: Examples,
+    side: QuerySide,
+    *,
+    stride: int | None,
+    decay: str,
+    kernel: bool,
+    progress: bool,
+) -> Explanation:
+    """The bill of the queries, in the type that their side computes in."""
+    options: dict[str, Any] = {
+        "stride": stride,
+        "jacobian": kernel and side.target.components is not None,
+        "dtype": side.ends.dtype,
+    }
+    with progress_bar(progress, len(trajectory)) as tick, ExitStack() as stack:
+        walk: Walk | ChordWalk | BackwardWalk
+        if remembers(trajectory, decay):
+            replayer, charge = stack.enter_context(Replayer(trajectory, model, dataset)), decay == "charged"
+            walk = BackwardWalk(replayer, side, charge=charge, tick=tick, **options)
+        else:
+            options |= {"budget": side.budget // 2, "tick": tick}
+            walk = stack.enter_context(forward_walk(trajectory, model, dataset, **options))
+        ledger = Ledger(side, trajectory.manifest.dataset.count, len(walk.bounds) - 1, kernel=kernel)
+        walk.visit(ledger)
+    return ledger.explanation(trajectory, dataset, walk.bounds, walk.drift)
 
 
 @contextmanager
@@ -149,9 +211,7 @@ def contributions_of(
     examples: Tensor,
 ) -> Tensor:
     """Exact contributions of some examples only, [q, k], in the order given: re-ranks a search's candidates."""
-    side = QuerySide.prepare(
-        Ends.of(trajectory, model), queries, target, quadrature.rule("discrete"), parse_bytes("1GB")
-    )
+    side = _Question(trajectory, model, queries, target).side()
     with ExitStack() as stack:
         walk: Walk | ChordWalk | BackwardWalk
         if remembers(trajectory, "line"):

@@ -119,13 +119,16 @@ class Ledger:
         narrow = lambda t: (t[..., 0] if scalar else t).to(side.dtype).contiguous()  # noqa: E731
         sums = {name: line.sum(0) for name, line in self.lines.items()}
         dtype = self.sums.dtype
-        remainder = side.prediction.to(dtype) - side.baseline.to(dtype) - sum(sums.values())
+        contributions = narrow(self.contributions)
+        shown = (contributions[..., None] if scalar else contributions).sum(1, dtype=dtype)
+        known = sum((sums[name] for name in LINES if name != "contributions"), shown)
+        remainder = side.prediction.to(dtype) - side.baseline.to(dtype) - known
         kernel = None
         if self.kernel is not None:
             kernel = self.kernel.transpose(0, 1)
             kernel = (kernel[..., 0, 0] if scalar else kernel).to(side.dtype).contiguous()
         return Explanation(
-            contributions=narrow(self.contributions),
+            contributions=contributions,
             baseline=narrow(side.baseline),
             prediction=narrow(side.prediction),
             regularizer=narrow(sums["regularizer"]),
@@ -140,6 +143,7 @@ class Ledger:
             facts={
                 "target": side.target.name,
                 "rule": side.rule.name,
+                "precision": str(side.dtype).removeprefix("torch."),
                 "trajectory": str(trajectory.path),
                 "model": trajectory.manifest.model.name,
                 "examples": trajectory.manifest.dataset.count,
@@ -147,7 +151,7 @@ class Ledger:
                 "drift": drift,
             },
             dataset=dataset,
-            queries=side.inputs,
+            queries=side.given,
         )
 
     def _timeline(self, borders: list[int], narrow: Any) -> Timeline:

@@ -15,7 +15,7 @@ from kxexplain.gradients.factors import size
 from kxexplain.kernels.quadrature import Rule
 from kxexplain.shapes import Inputs, Tensors
 from kxexplain.trajectory import State, Trajectory
-from kxexplain.trajectory.batches import call, copied, count, fetch, leaves, outputs_2d, take
+from kxexplain.trajectory.batches import call, copied, count, fetch, leaves, mapped, outputs_2d, take
 from kxexplain.trajectory.forward import private_copy
 from kxexplain.trajectory.states import load_model
 
@@ -25,6 +25,7 @@ class Ends:
     """A training's first and last state with a copy of the model to ask there: what all queries have in common.
 
     Attributes:
+        dtype: in which the copy computes, if not in the recorded model's own type.
         model: a private copy, in evaluation mode; holds whichever state was asked last.
         names: the parameters and buffers that training moves.
         buffers: which of these are buffers.
@@ -33,6 +34,7 @@ class Ends:
     """
 
     trajectory: Trajectory
+    dtype: torch.dtype | None
     model: nn.Module
     first: State
     last: State
@@ -42,14 +44,14 @@ class Ends:
     sizes: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, trajectory: Trajectory, model: nn.Module) -> Ends:
+    def of(cls, trajectory: Trajectory, model: nn.Module, dtype: torch.dtype | None = None) -> Ends:
         """Read the two states; ``ModelError`` for a model that is not of the recorded architecture."""
         Trajectory.required(trajectory).check_model(model)
-        private = private_copy(model).eval()
+        private = private_copy(model).eval().to(dtype)
         first, last = (trajectory.state(trajectory.states[i].step) for i in (0, -1))
         names = moving_names(trajectory, first, last)
         buffers = {name for name, _ in private.named_buffers()} & set(names)
-        return cls(trajectory, private, first, last, names, buffers, DiscreteGradient(private, names))
+        return cls(trajectory, dtype, private, first, last, names, buffers, DiscreteGradient(private, names))
 
     @property
     def device(self) -> torch.device:
@@ -59,10 +61,14 @@ class Ends:
     def values(self) -> tuple[Tensors, Tensors]:
         """Parameters and buffers at both ends, on the model's device."""
         first, last = (
-            {name: value.to(self.device) for name, value in {**state.parameters, **state.buffers}.items()}
+            {name: self.placed(value) for name, value in {**state.parameters, **state.buffers}.items()}
             for state in (self.first, self.last)
         )
         return first, last
+
+    def placed(self, value: Tensor) -> Tensor:
+        """The value as the model computes with it: on its device, and in its type if it is no whole number."""
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
 
 @dataclass
@@ -71,6 +77,8 @@ class QuerySide:
 
     ends: Ends
     inputs: Inputs
+    given: Inputs
+    """The inputs in the type that they came in."""
     target: ResolvedTarget
     rule: Rule
     budget: int
@@ -110,7 +118,9 @@ class QuerySide:
             TargetError: the target does not exist.
         """
         private, trajectory = ends.model, ends.trajectory
-        inputs, labels = query_batch(queries, ends.device)
+        given, labels = query_batch(queries, ends.device)
+        inputs = mapped(given, ends.placed)
+        labels = None if labels is None else ends.placed(labels)
         with torch.random.fork_rng(devices=[]):
             load_model(ends.first, private)
             before = first_outputs(private, inputs)
@@ -132,7 +142,7 @@ class QuerySide:
                 raise TargetError(
                     f"the target {resolved.name!r} of the {which} model is not finite for some queries; choose another"
                 )
-        side = cls(ends, inputs, resolved, rule, budget, baseline, prediction, labels, shaped.shape[1:])
+        side = cls(ends, inputs, given, resolved, rule, budget, baseline, prediction, labels, shaped.shape[1:])
         side.chunk = side._portions()
         side.steady = side._steady()
         return side
@@ -208,21 +218,13 @@ def query_batch(queries: Any, device: torch.device) -> tuple[Inputs, Tensor | No
         with torch.random.fork_rng(devices=[]):
             inputs, labels = fetch(queries, range(len(queries)), device)
     else:
-        inputs, labels = _to(queries, device), None
+        inputs, labels = mapped(queries, lambda leaf: leaf.to(device)), None
     if count(inputs) == 0:
         raise DatasetError("there are no queries; give at least one input")
     for path, leaf in leaves(inputs):
         if leaf.is_floating_point() and not bool(leaf.isfinite().all()):
             raise DatasetError(f"the queries{path} hold NaN or infinite values; clean them first")
     return inputs, labels
-
-
-def _to(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, dict):
-        return {k: _to(v, device) for k, v in inputs.items()}
-    return tuple(_to(v, device) for v in inputs)
 
 
 def moving_names(trajectory: Trajectory, first: State, last: State) -> list[str]:

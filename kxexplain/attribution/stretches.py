@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kxexplain.attribution.rounding import cancelled, without
 from kxexplain.attribution.visits import pull_of
-from kxexplain.attribution.walk import Segment, bounds, mask_of, share_of, watch_of, watched
+from kxexplain.attribution.walk import Segment, bounds, mask_of, share_of, state_of, watch_of, watched
 from kxexplain.gradients.factors import Factors, scale, size, take
 from kxexplain.gradients.pile import Pile
 from kxexplain.shapes import Tensors
@@ -80,6 +80,7 @@ class Stretches:
         stride: steps per segment; the recorded states if ``None``.
         jacobian: also collect output gradients (for C × C kernels).
         examples: only these dataset indices are collected, all if ``None``.
+        dtype: of what is collected and accounted for, if not the model's own.
         tick: called after every replayed step.
     """
 
@@ -93,10 +94,11 @@ class Stretches:
         stride: int | None = None,
         jacobian: bool = False,
         examples: Tensor | None = None,
+        dtype: torch.dtype | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.replayer, self.names, self.buffers = replayer, names, buffers
-        self.jacobian, self.tick = jacobian, tick
+        self.jacobian, self.dtype, self.tick = jacobian, dtype, tick
         self.trajectory = replayer.trajectory
         self.wanted: Tensor | None = None
         self.recorded = [state.step for state in self.trajectory.states]
@@ -105,10 +107,10 @@ class Stretches:
         self.itemised = RECURSIONS[self.trajectory.manifest.optimizer.name]
         self.parameters, self.layout = watched(replayer)
         replayer.seek(0)
-        self.at_start, self.moments_at_start = replayer.copy_state(), self._moments(replayer)
+        self.at_start, self.moments_at_start = self._state(replayer), self._moments(replayer)
         self._piles: dict[str, Pile] = {}
         self.piece = 0
-        probe = self._step(replayer, replayer.copy_state(), self._moments(replayer))
+        probe = self._step(replayer, self._state(replayer), self._moments(replayer))
         self.piece = max(1, (budget // 2) // max(1, probe.bytes))
         """Steps whose gradients are held at once."""
         self.wanted = mask_of(self.trajectory, examples)
@@ -145,7 +147,7 @@ class Stretches:
 
     def _note(self, replayer: Replayer, step: int, states: dict[int, Tensors]) -> None:
         if self.bounds[bisect_left(self.bounds, step)] == step:
-            states[step] = replayer.copy_state()
+            states[step] = self._state(replayer)
 
     def _captured(self, replayer: Replayer, first: int, last: int, states: dict[int, Tensors]) -> list[Stretch]:
         """The stretches of some replayed steps."""
@@ -162,12 +164,12 @@ class Stretches:
 
     def _stretch(self, replayer: Replayer, number: int, end: int) -> Stretch:
         """Redo steps up to ``end``, and beside them the recursions on their own, from the same start."""
-        stretch, before, moments = Stretch(number), replayer.copy_state(), self._moments(replayer)
+        stretch, before, moments = Stretch(number), self._state(replayer), self._moments(replayer)
         alone = {name: before[name].clone() for name in self.parameters}
         while replayer.position < end:
             stretch.steps.append(self._step(replayer, alone, moments))
             self.tick()
-        after, actual = replayer.copy_state(), self._moments(replayer)
+        after, actual = self._state(replayer), self._moments(replayer)
         for name in self.names:
             part = stretch.buffers if name in self.buffers else stretch.left
             part[name] = after[name] - alone.get(name, before[name])
@@ -178,17 +180,18 @@ class Stretches:
         """Redo one step; ``alone`` and ``moments`` (parameters and moments) go on as the recursions say."""
         record, own = self.trajectory.steps[replayer.position], self._own(replayer)
         held = {name: dict(replayer.optimizer.state.get(p, {})) for name, p in own.items()}
-        watch = watch_of(replayer, self.layout, dict(own), jacobian=self.jacobian)
+        watch = watch_of(replayer, self.layout, dict(own), jacobian=self.jacobian, dtype=self.dtype)
         concerned = self.wanted is None or bool(self.wanted[record.indices].any())
         replayed = replayer.advance(watch if concerned else None)
         found = replayed.gradients
         taken, sign = watch.accounted(found), record.sign * record.clip
-        penalty = {name: sign * extra for name, extra in replayed.penalty.items()}
+        penalty = {name: sign * self._cast(extra) for name, extra in replayed.penalty.items()}
         recursions, decaying, strays = dict.fromkeys(own, STILL), {}, {}
         for group, rate in zip(self.trajectory.manifest.optimizer.groups, record.rates, strict=True):
             for name in set(group.names) & taken.keys():
                 new = replayer.optimizer.state.get(own[name], {})
-                recursions[name] = recursion = self.itemised.rule(group.options, rate, held[name], new)
+                recursion = self.itemised.rule(group.options, rate, held[name], new)
+                recursions[name] = recursion = recursion if self.dtype is None else recursion.cast(self.dtype)
                 given = sign * taken[name] + penalty.get(name, 0.0)
                 used = self.clipping.clamped(given)
                 if used is not given and not torch.equal(used, given):
@@ -240,11 +243,17 @@ class Stretches:
     def _own(self, replayer: Replayer) -> dict[str, torch.nn.Parameter]:
         return {name: replayer.parameters[name] for name in self.parameters}
 
+    def _state(self, replayer: Replayer) -> Tensors:
+        return state_of(replayer, self.dtype)
+
+    def _cast(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype or value.dtype)
+
     def _moments(self, replayer: Replayer) -> Tensors:
         """Copies of the moments that the optimiser holds."""
         states = {name: replayer.optimizer.state.get(p, {}) for name, p in self._own(replayer).items()}
         held = {name: state.get(self.itemised.moment) for name, state in states.items()}
-        return {name: value.detach().clone() for name, value in held.items() if isinstance(value, Tensor)}
+        return {name: self._cast(value.detach()).clone() for name, value in held.items() if isinstance(value, Tensor)}
 
 
 def is_zero(value: Coefficient) -> bool:

@@ -21,7 +21,8 @@ def unattributed_part(explanation: Explanation, trajectory: Trajectory) -> str |
     Sizes are 2-norms over the queries (and outputs). Rounding is what replay takes for rounding, relative to the
     change that training made, and more where large contributions cancel.
     """
-    share = _beyond_rounding(explanation, explanation.unattributed)
+    trained = getattr(torch, trajectory.manifest.model.parameters[0].dtype)
+    share = _beyond_rounding(explanation, explanation.unattributed, trained)
     if share is None:
         return None
     return (
@@ -33,7 +34,7 @@ def unattributed_part(explanation: Explanation, trajectory: Trajectory) -> str |
 
 def missing_part(explanation: Explanation) -> str | None:
     """A sentence about a remainder that is more than rounding; ``None`` where the bill adds up, as it should."""
-    share = _beyond_rounding(explanation, explanation.remainder)
+    share = _beyond_rounding(explanation, explanation.remainder, explanation.prediction.dtype)
     if share is None:
         return None
     return (
@@ -43,12 +44,11 @@ def missing_part(explanation: Explanation) -> str | None:
     )
 
 
-def _beyond_rounding(explanation: Explanation, line: Tensor) -> str | None:
-    """How large a line is, in words; ``None`` for rounding."""
+def _beyond_rounding(explanation: Explanation, line: Tensor, kind: torch.dtype) -> str | None:
+    """How large a line is, in words; ``None`` for what rounding in this type leaves."""
     amount = line.double().norm().item()
     change = (explanation.prediction - explanation.baseline).double().norm().item()
     turned_over = explanation.contributions.double().abs().sum(1).norm().item()
-    kind = explanation.prediction.dtype
     rounding = TOLERANCE.get(kind, 2e-2) * change + ROUNDINGS * torch.finfo(kind).eps * turned_over
     if not amount > rounding:
         return None

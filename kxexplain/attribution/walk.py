@@ -148,15 +148,22 @@ def is_steady(trajectory: Trajectory) -> bool:
     return not trajectory.manifest.dataset.random
 
 
-def watch_of(replayer: Replayer, layout: Layout, parameters: Tensors, *, jacobian: bool) -> StepGradients:
-    """Watches the examples' gradients in the replayer's next step.
+def state_of(replayer: Replayer, dtype: torch.dtype | None) -> Tensors:
+    """Copies of the replayed parameters and floating-point buffers, in their own type or another."""
+    return {name: value.to(dtype or value.dtype) for name, value in replayer.copy_state().items()}
+
+
+def watch_of(
+    replayer: Replayer, layout: Layout, parameters: Tensors, *, jacobian: bool, dtype: torch.dtype | None
+) -> StepGradients:
+    """Watches the examples' gradients in the replayer's next step; they are given in ``dtype``, or the model's own.
 
     What an input penalty adds to an example's loss passes through the layers' derivatives, which no contact describes.
     """
     rows = len(replayer.trajectory.steps[replayer.position].indices)
     return StepGradients(
         layout, parameters, rows, jacobian,
-        steady=is_steady(replayer.trajectory), whole=bool(replayer.objective.input_penalty),
+        steady=is_steady(replayer.trajectory), whole=bool(replayer.objective.input_penalty), dtype=dtype,
     )  # fmt: skip
 
 
@@ -171,6 +178,7 @@ class Walk:
         examples: only these dataset indices are collected, all if ``None``. Steps without one of them are replayed
             without a look, or not at all where a recorded state lies behind them, and nothing else is accounted for:
             ``close`` is not called.
+        dtype: of what is collected and accounted for, if not the model's own.
         tick: called after every step.
     """
 
@@ -182,9 +190,10 @@ class Walk:
         budget: int = 1 << 28,
         jacobian: bool = False,
         examples: Tensor | None = None,
+        dtype: torch.dtype | None = None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        self.replayer, self.budget, self.jacobian, self.tick = replayer, budget, jacobian, tick
+        self.replayer, self.budget, self.jacobian, self.dtype, self.tick = replayer, budget, jacobian, dtype, tick
         self.trajectory = replayer.trajectory
         self.bounds = bounds(self.trajectory, stride)
         self.recorded = {state.step for state in self.trajectory.states}
@@ -192,7 +201,7 @@ class Walk:
         self.parameters, self.layout = watched(replayer)
         replayer.seek(0)
         self._visits = Visits()
-        self._watch = watch_of(replayer, self.layout, self.parameters, jacobian=jacobian)
+        self._watch = watch_of(replayer, self.layout, self.parameters, jacobian=jacobian, dtype=dtype)
         self._known: tuple[object, Split | None] = (None, None)
 
     @property
@@ -215,12 +224,12 @@ class Walk:
             steps = range(first, last) if self.wanted is None else self._concerned(first, last)
             if len(steps):
                 self._go_to(first)
-                segment = Segment(number, first, last, self.replayer.copy_state(), self._end_finder(last))
+                segment = Segment(number, first, last, state_of(self.replayer, self.dtype), self._end_finder(last))
                 movement = Movement()
                 while self.replayer.position <= steps[-1]:
                     self._step(segment, movement, visitor)
                 if self.replayer.position == last:
-                    segment._end = segment._end or self.replayer.copy_state()
+                    segment._end = segment._end or state_of(self.replayer, self.dtype)
                 self._flush(segment, visitor)
                 if self.wanted is None:
                     visitor.close(segment, movement)
@@ -248,11 +257,12 @@ class Walk:
             self.replayer.advance()
         else:
             decaying = self.wanted is None and parts.decays
-            before = self.replayer.copy_state() if decaying else {}
+            before = state_of(self.replayer, self.dtype) if decaying else {}
             watch = self._watch.renewed(len(record.indices))
             taken = self.replayer.advance(watch)
             if self.wanted is None:
-                movement.add(parts, watch.accounted(taken.gradients), before, taken.penalty)
+                penalty = {name: self._placed(extra) for name, extra in taken.penalty.items()}
+                movement.add(parts, watch.accounted(taken.gradients), before, penalty)
             self._keep(watch, record, parts, segment, visitor)
         self.tick()
 
@@ -295,10 +305,13 @@ class Walk:
             if last in self.recorded:
                 state = self.trajectory.state(last)
                 values = {**state.parameters, **state.buffers}
-                return {k: v.to(self.replayer.device) for k, v in values.items() if v.is_floating_point()}
+                return {k: self._placed(v) for k, v in values.items() if v.is_floating_point()}
             ahead = self.replayer.twin()
             while ahead.position < last:
                 ahead.advance()
-            return ahead.copy_state()
+            return state_of(ahead, self.dtype)
 
         return find
+
+    def _placed(self, value: Tensor) -> Tensor:
+        return value.to(self.replayer.device, self.dtype or value.dtype)

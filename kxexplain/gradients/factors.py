@@ -74,6 +74,10 @@ class Outer:
         """The same gradients, ``a`` marked as the input of this number; as they are for ``None``."""
         return self if raw is None else Outer(self.weight, self.bias, self.a, self.g, self.transposed, raw)
 
+    def cast(self, dtype: torch.dtype) -> Outer:
+        """The same gradients in another type, in memory of their own."""
+        return Outer(self.weight, self.bias, self.a.to(dtype), self.g.to(dtype), self.transposed)
+
     def emptied(self, rows: int) -> Outer:
         """Room for so many examples' gradients of this kind."""
         return self.of(*(t.new_empty(rows, *t.shape[1:]) for t in (self.a, self.g)))
@@ -155,6 +159,10 @@ class Dense:
         """Some of the examples."""
         return replace(self, values=self.values[rows])
 
+    def cast(self, dtype: torch.dtype) -> Dense:
+        """The same gradients in another type."""
+        return replace(self, values=self.values.to(dtype))
+
     def emptied(self, rows: int) -> Dense:
         """Room for so many examples' gradients of this kind."""
         return replace(self, values=self.values.new_empty(rows, *self.values.shape[1:]))
@@ -172,8 +180,8 @@ class Dense:
         return [self]
 
     def total(self) -> dict[str, Tensor]:
-        """The gradients summed over examples and quantities."""
-        return {self.weight: self.values.sum((0, 1))}
+        """The gradients summed over examples and quantities, which may nearly cancel."""
+        return {self.weight: self.values.sum((0, 1), dtype=wide(self.values))}
 
 
 Factor: TypeAlias = Outer | Dense

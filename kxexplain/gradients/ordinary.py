@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kxexplain.errors import KxError
 from kxexplain.gradients.capture import Capture
-from kxexplain.gradients.factors import Dense, Factors, Outer, merge, wide
+from kxexplain.gradients.factors import Dense, Factors, Outer, merge
 from kxexplain.gradients.measuring import Run, measure
 from kxexplain.gradients.positions import joined
 from kxexplain.gradients.registry import ASSEMBLY
@@ -171,6 +171,12 @@ def assemble(capture: Capture, gradients: Sequence[Tensor | None], loose: Factor
     return merge([*_without(capture.derivations.carried(joined(made)), capture.loose), *loose])
 
 
+def _written_out(factors: Factors) -> Factors:
+    """The gradients of those parameters all of whose uses are written out."""
+    kept = {name for f in factors if isinstance(f, Outer) for name in f.names}
+    return [f for f in factors if isinstance(f, Dense) and f.weight not in kept]
+
+
 def _counts(use: Use, met: bool) -> bool:
     """Whether a use has factors: one of several outputs has none if nothing was made of it."""
     return met or not use.held.get("leaf")
@@ -230,7 +236,8 @@ class StepGradients:
     After the step: ``factors`` are the examples' shares of the batch gradient, ``pull`` = ∂total/∂f, [n, C], and
     ``jacobian`` the output gradients, if asked for. ``steady`` says that the dataset serves an example alike every
     time; one that augments at random does not, and then no factor is marked as raw. With ``whole`` the examples' losses
-    are differentiated one by one, since they use the parameters for more than the outputs.
+    are differentiated one by one, since they use the parameters for more than the outputs. ``dtype`` is what all this
+    is given in, if not in the model's own: products and sums of it then lose nothing that the gradients have.
     """
 
     layout: Layout
@@ -239,6 +246,7 @@ class StepGradients:
     with_jacobian: bool = False
     steady: bool = True
     whole: bool = False
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         self.capture = Capture(self.parameters, self.layout, self.rows)
@@ -263,7 +271,7 @@ class StepGradients:
         """What the backward pass must return, once the loose parameters and the Jacobian are taken."""
         if self.with_jacobian:
             found = differentiate(outputs_2d(outputs), self.capture, self.parameters, keep_graph=True)
-            self.jacobian = self._marked(found)
+            self.jacobian = self._given(found)
         chosen = {
             n: p for n, p in self.parameters.items() if n in self.capture.loose or (self.whole and p.requires_grad)
         }
@@ -277,33 +285,35 @@ class StepGradients:
         *uses, pull = gradients
         assert pull is not None
         if self.whole:
-            self.factors = merge(self._loose)
+            self.factors = self._given(merge(self._loose))
         else:
             found = [
                 _or_zero(g, use).unsqueeze(0) if _counts(use, g is not None) else None
                 for g, use in zip(uses, self.capture.uses, strict=True)
             ]
-            self.factors = self._marked(assemble(self.capture, found, self._loose))
-        self.pull = outputs_2d(pull)
+            self.factors = self._given(assemble(self.capture, found, self._loose))
+        self.pull = outputs_2d(pull).to(self.dtype or pull.dtype)
 
     def accounted(self, gradients: Tensors) -> Tensors:
         """What the examples' shares add up to, for the batch's gradients by parameter.
 
         Where examples nearly cancel (under batch norm) autograd's own sum over the batch rounds by more than what is
-        left: that part of a step belongs to no example. Shares that are not written out are taken to add up.
+        left: that part of a step belongs to no example. Shares that are not written out are taken to add up, but where
+        another ``dtype`` was asked for.
         """
-        if not any(isinstance(f, Dense) for f in self.factors):
+        parts = self.factors if self.dtype is not None else _written_out(self.factors)
+        if not parts:
             return gradients
-        kept = {name for f in self.factors if isinstance(f, Outer) for name in f.names}
         sums: Tensors = {}
-        for f in self.factors:
-            if isinstance(f, Dense) and f.weight not in kept:
-                own = f.values.sum((0, 1), dtype=wide(f.values))
-                sums[f.weight] = sums[f.weight] + own if f.weight in sums else own
-        return {n: sums[n].to(g.dtype).view_as(g) if n in sums else g for n, g in gradients.items()}
+        for f in parts:
+            for name, own in f.total().items():
+                sums[name] = sums[name] + own if name in sums else own
+        return {n: (sums[n].view_as(g) if n in sums else g).to(self.dtype or g.dtype) for n, g in gradients.items()}
 
-    def _marked(self, factors: Factors) -> Factors:
+    def _given(self, factors: Factors) -> Factors:
         """The factors, those whose ``a`` is the batch itself marked as raw, if it is the same in every epoch."""
+        if self.dtype is not None:
+            return [f.cast(self.dtype) for f in factors]
         if not self.steady:
             return factors
         return [f.marked(self._input(f.a)) if isinstance(f, Outer) else f for f in factors]

@@ -133,7 +133,7 @@ def load_model(state: State, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             parameter.copy_(state.parameters[name])
         for name, buffer in model.named_buffers():
-            value = state.buffers[name].to(buffer.device)
+            value = state.buffers[name].to(buffer.device, buffer.dtype)
             if not torch.equal(buffer, value):
                 buffer.copy_(value)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 Coefficient: TypeAlias = float | Tensor
@@ -41,6 +42,11 @@ class Recursion:
     shrink: float = 0.0
     l2: float = 0.0
     sign: float = 1.0
+
+    def cast(self, dtype: torch.dtype) -> Recursion:
+        """The same with coefficients of another type, where they are tensors."""
+        turned = lambda value: value.to(dtype) if isinstance(value, Tensor) else value  # noqa: E731
+        return replace(self, direct=turned(self.direct), intake=turned(self.intake), applied=turned(self.applied))
 
 
 STILL = Recursion(memory=1.0)
