@@ -68,8 +68,8 @@ def explain(
             pass per output and step.
         memory: bytes for intermediate values, as a number or like ``"500MB"``.
         precision: ``"model"`` computes in the model's type, ``"double"`` in float64, of which the result is then;
-            ``"auto"`` in the model's, and again in float64 where rounding left a remainder above 5e-6 of the change
-            of a float32 model (under adaptive optimisers, examples' amounts can be thousands of times the change).
+            ``"auto"`` in the model's, and again in float64 where rounding left a float32 model's bill a remainder
+            above 1e-5 of the change (under adaptive optimisers, examples' amounts can be thousands of times that).
         progress: show a bar over the replayed steps.
 
     Returns:

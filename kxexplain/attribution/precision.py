@@ -17,7 +17,7 @@ from kxexplain.gradients.factors import wide
 
 PRECISIONS = ("auto", "model", "double")
 
-LOST = {torch.float32: 5e-6}
+LOST = {torch.float32: 1e-5}
 """A remainder that is a larger part of the change than this is computed again; other types give what they have."""
 
 
