@@ -50,7 +50,7 @@ from kxexplain.learning.schedules import Schedule
 from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import fit, train
 from kxexplain.search import GradientIndex, Neighbors, dim_for_recall, self_influence
-from kxexplain.trajectory import Objective, Recorder, Trajectory, import_checkpoints
+from kxexplain.trajectory import Objective, Recorder, Trajectory, gradient_norms, import_checkpoints
 
 if TYPE_CHECKING:
     from kxexplain.learning.estimators import PathKernelClassifier, PathKernelRegressor
@@ -65,7 +65,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are for
     # how to learn: the rate, and what is minimised
     "Schedule", "GradientSchedule", "Objective", "flooded", "input_penalty", "parameter_penalty",
     # what theory says of a run, and how it went
-    "bounds", "Bounds", "minimize", "plot_bounds", "plot_training",
+    "bounds", "Bounds", "minimize", "gradient_norms", "plot_bounds", "plot_training",
     "gradient_inequality", "gradient_inequality_along", "GradientInequality",
     # explain
     "explain", "Explanation", "Ranking", "Timeline",

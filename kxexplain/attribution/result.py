@@ -66,7 +66,8 @@ class Ranking:
 class Explanation:
     """Why a model predicts what it predicts: baseline + Σ contributions + … = prediction.
 
-    Axes: query, train; with ``target="all"`` every array gains an output axis at the end.
+    Axes: query, train; with ``target="all"`` every array gains an output axis at the end. Values are of the model's
+    type, or of float64 where the bill was computed in that (``facts["precision"]``).
 
     Attributes:
         contributions: what each training example put in, [query, train].

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,6 +180,7 @@ def bounds(
     minimum: float | None = None,
     *,
     distance: float | None = None,
+    norms: Sequence[float] | None = None,
 ) -> Bounds:
     """Evaluate what convex theory guarantees of a recorded run.
 
@@ -189,6 +190,7 @@ def bounds(
             gaps are then those to its loss.
         minimum: the loss there; without it only the right-hand sides are known. See :func:`minimize`.
         distance: ‖θ_0 − θ*‖ instead of a minimiser.
+        norms: every step's gradient norm, where the run was recorded without (:func:`kxexplain.gradient_norms`).
 
     Returns:
         Both sides; the gaps are measured by the losses that were logged, those of the batches.
@@ -217,7 +219,7 @@ def bounds(
     """
     if (minimizer is None) == (distance is None):
         raise ArgumentError("give the minimizer, or the distance to one, and not both")
-    rates, norms = _steps(trajectory)
+    rates, sizes = _steps(trajectory, norms)
     farthest = None
     if minimizer is not None:
         distances = _distances(trajectory, minimizer)
@@ -228,14 +230,14 @@ def bounds(
     losses = np.array([step.loss for step in trajectory.steps])
     gaps = None if minimum is None else losses - minimum
     guarantees = [
-        _measured("any rates", WEIGHTED, weighted_mean_bound(rates, norms, distance), gaps, rates),
-        _measured("any rates", LAST, last_bound(rates, norms, distance), gaps, rates),
+        _measured("any rates", WEIGHTED, weighted_mean_bound(rates, sizes, distance), gaps, rates),
+        _measured("any rates", LAST, last_bound(rates, sizes, distance), gaps, rates),
     ]
-    own = _of_schedule(trajectory, rates, norms, distance, farthest)
+    own = _of_schedule(trajectory, rates, sizes, distance, farthest)
     if own is not None:
         guarantees.append(_measured(own[0], own[1], own[2], gaps, rates, applies=own[3]))
     full = all(len(step.indices) == trajectory.manifest.dataset.count for step in trajectory.steps)
-    return Bounds(rates, norms, distance, tuple(guarantees), gaps, continuous_optimum(norms, distance), full)
+    return Bounds(rates, sizes, distance, tuple(guarantees), gaps, continuous_optimum(sizes, distance), full)
 
 
 def minimize(
@@ -283,7 +285,7 @@ def minimize(
     return best, value
 
 
-def _steps(trajectory: Trajectory) -> tuple[Rates, Rates]:
+def _steps(trajectory: Trajectory, given: Sequence[float] | None) -> tuple[Rates, Rates]:
     """Rates and norms; a clipped gradient counts as it was, and its factor to the rate."""
     manifest = trajectory.manifest
     options = [group.options for group in manifest.optimizer.groups]
@@ -297,7 +299,9 @@ def _steps(trajectory: Trajectory) -> tuple[Rates, Rates]:
     if not steps or any(step.sign < 0 for step in steps):
         raise ArgumentError(f"{trajectory.path} has no steps, or some that ascend; the guarantees are for descent")
     factors = np.array([step.clip for step in steps])
-    norms = np.array([step.gradient_norm for step in steps])
+    norms = np.array(trajectory.norms() if given is None else given)
+    if len(norms) != len(steps):
+        raise ArgumentError(f"got {len(norms)} norms, but {trajectory.path} has {len(steps)} steps; give one for each")
     if (norms <= 0).any() or (factors <= 0).any():
         raise ArgumentError(f"a gradient of {trajectory.path} is zero: the minimum was reached before the last step")
     return np.array([step.rates[0] for step in steps]) * factors, norms / factors

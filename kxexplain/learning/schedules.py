@@ -76,7 +76,7 @@ class Schedule:
     def norms(self) -> list[float] | None:
         """The earlier run's gradient norms, step by step."""
         if isinstance(self.earlier, Trajectory):
-            return [step.gradient_norm for step in self.earlier.steps]
+            return self.earlier.norms()
         return None if self.earlier is None else [float(norm) for norm in self.earlier]
 
     def settings(self, steps: int) -> dict[str, Any]:

@@ -14,21 +14,24 @@ SMOOTH = 0.05
 
 
 def plot_training(trajectory: Trajectory, *, name: str = "") -> Figure:
-    """Loss, gradient norm and learning rate of every step of a trajectory.
+    """Loss, gradient norm (where it was logged) and learning rate of every step of a trajectory.
 
     Thin lines are the steps, thick ones their median over a twentieth of the run. Steps that ascended (flooding) are
     marked below the losses. A gradient's norm is that which the optimiser was given, after clipping.
     """
     steps = list(trajectory.steps)
+    losses, norms = (np.array([getattr(step, key) for step in steps]) for key in ("loss", "gradient_norm"))
+    shown = ["loss", "gradient", "rate"] if np.isfinite(norms).any() else ["loss", "rate"]
+    what = f"{', '.join(shown[:-1])} and {shown[-1]}"
     figure = new_figure(3.3)
-    heading(figure, f"{name}: loss, gradient and rate" if name else "Loss, gradient and rate")
-    axes = figure.subplots(1, 3)
-    values = [np.array([getattr(step, key) for step in steps]) for key in ("loss", "gradient_norm")]
-    _draw(axes[0], "loss of the batch", values[0], UP)
-    _draw(axes[1], "norm of the gradient", values[1], DOWN)
+    heading(figure, f"{name}: {what}" if name else what.capitalize())
+    axes = figure.subplots(1, len(shown))
+    _draw(axes[0], "loss of the batch", losses, UP)
+    if "gradient" in shown:
+        _draw(axes[1], "norm of the gradient", norms, DOWN)
     rates = np.array([step.rates for step in steps]).reshape(len(steps), -1)
     for group in range(rates.shape[1]):
-        _draw(axes[2], "learning rate", rates[:, group], OTHER)
+        _draw(axes[-1], "learning rate", rates[:, group], OTHER)
     up = np.array([step.step + 1 for step in steps if step.sign < 0])
     if len(up):
         axes[0].plot(up, np.full(len(up), 0.02), "|", color=INK, markersize=5, transform=axes[0].get_xaxis_transform())

@@ -20,7 +20,7 @@ from kxexplain.trajectory.records import (
     StepRecord,
     TensorRecord,
 )
-from kxexplain.trajectory.replay import ReplayedStep, Replayer, Watch
+from kxexplain.trajectory.replay import ReplayedStep, Replayer, Watch, gradient_norms
 from kxexplain.trajectory.states import State
 from kxexplain.trajectory.trajectory import Trajectory
 from kxexplain.trajectory.updates import Split, split
@@ -49,6 +49,7 @@ __all__ = [
     "count",
     "fetch",
     "fingerprint",
+    "gradient_norms",
     "import_checkpoints",
     "outputs_2d",
     "record",

@@ -217,7 +217,7 @@ def _write(path: Path, manifest: Manifest, states: Iterator[State], descent: _De
         writer.put_state(0, partial(encode, start), kept=True)
         for end in states:
             chord = descent.explain(start, end)
-            writer.append(Row(start.step, start.step, (chord.coefficient,), [], chord.loss, chord.norm, 1, 1.0))
+            writer.append(Row(start.step, start.step, (chord.coefficient,), b"", chord.loss, chord.norm, 1, 1.0))
             writer.put_state(end.step, partial(encode, end), kept=True)
             start = end
     finally:

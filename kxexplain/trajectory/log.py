@@ -80,7 +80,7 @@ class Reader:
                 rates=tuple(np.frombuffer(rates, "<f8").tolist()),
                 indices=np.frombuffer(indices, "<i8").astype(np.int64),
                 loss=float("nan") if loss is None else float(loss),
-                gradient_norm=float(norm),
+                gradient_norm=float("nan") if norm is None else float(norm),
                 sign=int(sign),
                 clip=float(clip),
             )

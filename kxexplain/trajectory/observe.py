@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from kxexplain.errors import ArgumentError, TrainingError
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import rng
+from kxexplain.trajectory.draws import Draws, Told
 from kxexplain.trajectory.log import Modes
 from kxexplain.trajectory.states import rates
 
@@ -23,8 +25,10 @@ RATES = ("params", "lr", "initial_lr")
 WIDE = frozenset({torch.float32, torch.float64})
 """Types in which a sum of squares neither overflows nor loses its digits."""
 
-QUIET = 16
-"""After so many steps that drew no random number, forward passes are no longer looked at."""
+FREE, TRAINING = attrgetter("requires_grad"), attrgetter("training")
+
+FEW = 64
+"""So many numbers are read faster than a kernel is called."""
 
 
 class Observer:
@@ -33,12 +37,23 @@ class Observer:
     The optimiser's step is seen before it happens, so that a gradient that is not finite stops
     training while the parameters are still good. The model's forward pass is looked at only while
     steps draw random numbers, or where there are buffers to keep: hooks on a model cost time.
+
+    What is done in every step of somebody's loop is kept short: between two steps the processor's caches hold other
+    things, and a line of Python or a call into torch takes many times what it takes in a loop of its own.
+
+    Args:
+        model: the model in training.
+        optimizer: its optimiser.
+        random: the dataset draws from the generator, so that a step begins where its batch is fetched.
+        norms: measure the gradient's norm in every step; else :attr:`norm` is NaN, and only the smallest parameter's
+            gradient is looked at, which a loss that is not finite reaches, too.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, random: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, random: bool = False, norms: bool = True
+    ) -> None:
         self.model = model
-        self.random = random
-        """Whether the dataset draws from the generator, so that a step begins where its batch is fetched."""
+        self.random, self.norms = random, norms
         self._fetched: list[tuple[list[int], rng.RngState]] = []  # since the last logged step
         self.optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -47,24 +62,23 @@ class Observer:
         self.pending = False
         self.completed = False
         self.rates: tuple[float, ...] = ()
-        self.norm = 0.0
-        self.rng = rng.capture(self.device)
-        """The generator state that the last logged step left behind."""
-        self._started: rng.RngState | None = None
-        self._replayed = [self.rng]  # the generator states that a replay may have at this point
-        self._quiet = 0
+        self.norm = math.nan
+        self.draws = Draws(self.device)
         self._forward_hook: RemovableHandle | None = None
         self._buffers: Tensors | None = None
         self._has_buffers = any(True for _ in model.buffers())
-        self._fixed = [
-            (group, key, value) for group in optimizer.param_groups for key, value in group.items() if key not in RATES
-        ]
-        self._groups = [(group, list(group["params"])) for group in optimizer.param_groups]
+        self._fixed = [Fixed.of(group) for group in optimizer.param_groups]
+        self._by_size = sorted(self.parameters, key=Tensor.numel)
+        smallest = self._by_size[0]
+        self._read = smallest if smallest.dim() == 1 and len(smallest) <= FEW and smallest.dtype in WIDE else None
+        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
         self._plain = is_plain(optimizer)
         self._names = [name for name, _ in model.named_modules()]
         self._modules = list(model.modules())
         self._named = dict(model.named_parameters())
-        self._flags: tuple[list[bool], list[bool]] | None = None
+        self._parameters = list(self._named.values())
+        self._flags: tuple[list[bool], list[bool]] = ([], [])
+        self._told = self._flags
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -91,12 +105,7 @@ class Observer:
     def begin(self, step: int, state: rng.RngState) -> None:
         """Observe from ``step`` on, which begins with this generator state."""
         self.step = step
-        self.rng = state
-        self._replayed = [state]
-
-    def saved(self) -> None:
-        """A state was recorded, from which a replay may begin."""
-        self._replayed.append(self.rng)
+        self.draws.begin(step, state)
 
     def fetching(self, indices: list[int]) -> None:
         """These examples are about to be fetched."""
@@ -104,14 +113,13 @@ class Observer:
             self._fetched.append((indices, rng.capture(self.device)))
 
     def check_fetched(self, indices: list[int]) -> None:
-        """``ArgumentError`` unless the last fetches were of these examples, if they are drawn at random."""
-        if not self.random:
-            return
+        """``ArgumentError`` unless the last fetches were of these examples."""
         rest = indices
         for fetched, state in reversed(self._fetched):
             if not fetched or rest[-len(fetched) :] != fetched:
                 break
-            rest, self._started = rest[: -len(fetched)], state
+            self.draws.began(state)
+            rest = rest[: -len(fetched)]
             if not rest:
                 return
         raise ArgumentError(
@@ -127,53 +135,34 @@ class Observer:
                 "recorder.step() was called without an optimizer.step() before it; call it once "
                 "after each step of the optimizer that was given to record()"
             )
-        for group, key, value in self._fixed:
-            now = group.get(key)
-            if now is not value and now != value:
+        for fixed in self._fixed:
+            if fixed.read(fixed.group) != fixed.values:
                 raise TrainingError(
-                    f"the optimizer's {key} changed from {value} to {now} at step {self.step}; "
-                    "only learning rates may change while recording (schedulers that cycle the "
-                    "momentum as well: cycle_momentum=False)"
+                    f"the optimizer's {fixed.changed()} at step {self.step}; only learning rates may change while "
+                    "recording (schedulers that cycle the momentum as well: cycle_momentum=False)"
                 )
 
-    def logged(self) -> rng.RngState | None:
-        """The pending step is logged; returns the generator state it needs to be told about.
-
-        That is the one at its forward pass, if the step drew random numbers and a replay, which
-        repeats only the steps, would not have come to the same state (a loader draws, too).
-        """
-        now = rng.capture(self.device)
-        started = self.rng if self._started is None else self._started
-        drew = not rng.same(now, started)
-        told = started if drew and not all(rng.same(state, started) for state in self._replayed) else None
-        if drew:
-            # Unwatched, it may have been the loop that drew, not the step: then nobody knows.
-            self._replayed = [{}] if self._started is None else [now]
-            self._quiet = 0
-            self._watch_forward()
-        else:
-            self._quiet += 1
-            if self._quiet == QUIET and not self._has_buffers:
+    def logged(self) -> Told | None:
+        """The pending step is logged; returns what a replay must be told of the generators."""
+        told = self.draws.logged(self.step)
+        if self.draws.quiet:
+            if self._forward_hook is not None and not self._has_buffers:
                 self._leave_forward()
-        self.rng = now
+        elif self._forward_hook is None:
+            self._watch_forward()
         self.step += 1
         self.pending = self.completed = False
-        self._started = self._buffers = None
-        self._fetched = []
+        self._buffers, self._fetched = None, []
         return told
 
     def new_modes(self) -> Modes | None:
-        """Training modes and frozen parameters, if they changed since the last call."""
-        flags = (
-            [module.training for module in self._modules],
-            [p.requires_grad for p in self._named.values()],
-        )
-        if flags == self._flags:
+        """Training modes and frozen parameters at the pending step, if they changed since the last call."""
+        if self._flags == self._told:
             return None
-        self._flags = flags
-        self._quiet = 0
+        self._told = self._flags
+        self.draws.steps_without = 0
         self._watch_forward()
-        training, free = flags
+        training, free = self._flags
         return Modes(
             tuple(name for name, on in zip(self._names, training, strict=True) if on),
             tuple(name for name, on in zip(self._named, free, strict=True) if not on),
@@ -199,7 +188,7 @@ class Observer:
 
     def _before_forward(self) -> None:
         check_precision(self.device)
-        self._started = rng.capture(self.device)
+        self.draws.began()
         if self._has_buffers and self._buffers is None and not self.pending:
             self._buffers = {name: b.clone() for name, b in self.model.named_buffers()}
 
@@ -215,26 +204,37 @@ class Observer:
                 "recorder.fetch(indices), so replay could not draw the same; nothing was changed. Write "
                 "inputs, targets = recorder.fetch(indices) in the loop"
             )
-        self._check_parameters()
-        norm = gradient_norm([p.grad for p in self.parameters if p.grad is not None])
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"the gradient at step {self.step} is not finite ({norm}); the parameters were "
-                "left as they are, and the trajectory is good up to its last state. Lower the "
-                "learning rate, or check the inputs"
-            )
-        self.norm = norm
-        self.rates = rates(self.optimizer)
-        self.pending = True
-
-    def _check_parameters(self) -> None:
-        """``TrainingError`` where the optimiser is about to move parameters that replay would not."""
-        groups = self.optimizer.param_groups
-        if len(groups) != len(self._groups) or any(len(g["params"]) != len(held) for g, held in self._groups):
+        if [len(group["params"]) for group in self.optimizer.param_groups] != self._sizes:
             raise TrainingError(
                 f"the optimizer was given more parameters, or fewer, by step {self.step}; nothing was changed. Give it "
                 "all parameters before record(), and free them later with requires_grad_(True)"
             )
+        free = list(map(FREE, self._parameters))
+        if not all(free):
+            self._check_frozen()
+        self._flags = (list(map(TRAINING, self._modules)), free)
+        size = self._size()
+        if not math.isfinite(size):
+            raise TrainingError(
+                f"the gradient at step {self.step} is not finite ({size}); the parameters were "
+                "left as they are, and the trajectory is good up to its last state. Lower the "
+                "learning rate, or check the inputs"
+            )
+        if self.norms:
+            self.norm = size
+        self.rates = rates(self.optimizer)
+        self.pending = True
+
+    def _size(self) -> float:
+        """The gradient's norm; where that is not asked for, of the smallest parameter with one the sum or norm."""
+        if self.norms:
+            return gradient_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self._read is not None and self._read.grad is not None:
+            return float(sum(self._read.grad.tolist()))
+        return gradient_norm([p.grad for p in self._by_size if p.grad is not None][:1])
+
+    def _check_frozen(self) -> None:
+        """``TrainingError`` where the optimiser is about to move a frozen parameter, which replay would not."""
         for parameter in self.parameters:
             gradient = parameter.grad
             if gradient is not None and not parameter.requires_grad and not (self._plain and not gradient.any()):
@@ -243,6 +243,28 @@ class Observer:
                     f"{name} is frozen, but still has a gradient at step {self.step}, with which the optimizer would "
                     "move it; nothing was changed. Use zero_grad(set_to_none=True), or set its .grad to None"
                 )
+
+
+class Fixed(NamedTuple):
+    """A parameter group's options but those that may change, and what they were; read in every step at once."""
+
+    group: dict[str, Any]
+    keys: list[str]
+    read: Callable[[dict[str, Any]], Any]
+    values: Any
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> Fixed:
+        """As they are now."""
+        keys = [key for key in group if key not in RATES]
+        read = itemgetter(*keys) if keys else lambda _: None
+        return cls(group, keys, read, read(group))
+
+    def changed(self) -> str:
+        """Which option is another, in words."""
+        values = self.values if len(self.keys) > 1 else (self.values,)
+        pairs = zip(self.keys, values, strict=True)
+        return next(f"{key} changed from {v} to {self.group[key]}" for key, v in pairs if self.group[key] != v)
 
 
 def is_plain(optimizer: torch.optim.Optimizer) -> bool:
@@ -270,7 +292,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
         return 0.0
     if WIDE.issuperset([g.dtype for g in gradients]):
         try:  # this runs in every step of somebody's loop: a product has the least around it
-            return math.sqrt(sum([g.dot(g).item() for g in [g.view(-1) for g in gradients]]))
+            return math.sqrt(sum([g.dot(g).item() for g in [g if g.dim() == 1 else g.view(-1) for g in gradients]]))
         except RuntimeError:  # sparse, not contiguous
             pass
     dense = [g.detach().coalesce().values() if g.is_sparse else g.detach() for g in gradients]

@@ -29,7 +29,7 @@ from kxexplain.trajectory.records import Manifest
 from kxexplain.trajectory.sameness import check_same
 from kxexplain.trajectory.signature import own_class
 from kxexplain.trajectory.states import State, capture_state, encode, finite, load_model, load_optimizer, owned
-from kxexplain.trajectory.store import Row, Writer, check_free, folder, is_trajectory, prepare
+from kxexplain.trajectory.store import Row, Writer, check_free, folder, is_trajectory, packed, prepare
 from kxexplain.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
@@ -52,6 +52,7 @@ def record(
     seed: int | None = None,
     clip_value: float | None = None,
     objective: Objective | None = None,
+    norms: bool = False,
     beside: Callable[[Recorder], Beside] | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -82,7 +83,9 @@ def record(
         model, optimizer, loss, dataset, keep=keep, reduction=reduction, seed=seed, settings=settings
     )  # fmt: skip
     check_budget(policy, model)
-    recorder = Recorder(model, optimizer, manifest, policy, path=path, loss=loss, dataset=dataset, overwrite=overwrite)
+    recorder = Recorder(
+        model, optimizer, manifest, policy, path=path, loss=loss, dataset=dataset, norms=norms, overwrite=overwrite
+    )
     recorder.beside = None if beside is None else beside(recorder)
     if resume and is_trajectory(path):
         old = Trajectory.open(path, loss if callable(loss) else None)
@@ -113,11 +116,12 @@ class Recorder:
         path: Path,
         loss: str | LossFunction,
         dataset: Any,
+        norms: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.path = path
         self._dataset = dataset
-        self._overwrite = overwrite
+        self._norms, self._overwrite = norms, overwrite
         self.manifest = manifest
         self.extra: Callable[[], dict[str, Any]] = dict
         """Gives JSON-able values to store in every state; the trainer keeps its scheduler there."""
@@ -128,7 +132,7 @@ class Recorder:
         self.keep = keep
         """Which states are kept."""
         self._loss = loss if callable(loss) else None
-        self._epoch, self._seen = 0, 0
+        self._epoch, self._seen, self._count = 0, 0, manifest.dataset.count
         self._resumed: Trajectory | None = None
         self._stack = ExitStack()
         self._observer: Observer | None = None
@@ -181,7 +185,9 @@ class Recorder:
         return self
 
     def _begin(self) -> None:
-        observer = Observer(self._model, self._optimizer, random=self.manifest.dataset.random)
+        observer = Observer(
+            self._model, self._optimizer, random=self.manifest.dataset.random, norms=self._norms
+        )  # fmt: skip
         self._observer = observer
         if self._resumed is None:
             self._capture()  # weights that cannot be recorded are refused before an old run is removed
@@ -232,9 +238,9 @@ class Recorder:
         examples; ``DatasetError`` if they cannot be put in one batch.
         """
         observer = _entered(self._observer)
-        batch = _checked(indices, self.manifest.dataset.count)
+        batch = _checked(indices, self._count)
         observer.fetching(batch)
-        return fetch(self._dataset, batch, observer.device)
+        return fetch(self._dataset, indices, observer.device)
 
     def step(
         self,
@@ -274,8 +280,9 @@ class Recorder:
         """:meth:`step`, which may have been given anything."""
         observer, writer = _entered(self._observer), _entered(self._writer)
         observer.check_one_step()
-        batch = _checked(indices, self.manifest.dataset.count)
-        observer.check_fetched(batch)
+        batch = _checked(indices, self._count)
+        if observer.random:
+            observer.check_fetched(batch)
         value = math.nan if loss is None else _number(loss)
         if epoch is not None:
             epoch = _epoch(epoch)
@@ -287,9 +294,11 @@ class Recorder:
                 "trajectory is good up to its last state. Lower the learning rate, or check the data"
             )
         number, ended = self._count_epoch(epoch, len(batch))
-        row = Row(observer.step, number, observer.rates, batch, value, observer.norm, sign, clip)
-        modes = observer.new_modes()
-        writer.append(row, rng=observer.logged(), modes=modes)
+        row = Row(observer.step, number, observer.rates, packed(batch), value, observer.norm, sign, clip)
+        modes, told = observer.new_modes(), observer.logged()
+        if told is not None:
+            writer.tell(*told)
+        writer.append(row, modes=modes)
         if self.beside is not None:
             self.beside.logged(row.step, batch, row.rates, sign * clip)
         if self.keep.wants(observer.step, epoch_ended=ended):
@@ -303,16 +312,19 @@ class Recorder:
             self._epoch, self._seen = told, 0
         epoch = self._epoch
         self._seen += examples
-        if self._seen >= self.manifest.dataset.count:
-            self._epoch, self._seen = epoch + 1, self._seen - self.manifest.dataset.count
+        if self._seen >= self._count:
+            self._epoch, self._seen = epoch + 1, self._seen - self._count
             return epoch, True
         return epoch, late
 
     def _save(self, *, kept: bool) -> None:
         observer, writer = _entered(self._observer), _entered(self._writer)
+        told = observer.draws.look(observer.step)
+        if told is not None:
+            writer.tell(*told)
         settled = owned(self._capture())
         writer.put_state(observer.step, lambda: encode(settled), kept=kept)
-        observer.saved()
+        observer.draws.recorded()
         if self.beside is not None:
             self.beside.saved(observer.step)
 
@@ -323,7 +335,7 @@ class Recorder:
             observer.step,
             self._model,
             self._optimizer,
-            rng=observer.rng,
+            rng=observer.draws.state,
             buffers=observer.buffers(),
             extra={**self.extra(), "epoch": self._epoch, "seen": self._seen},
         )
@@ -375,6 +387,19 @@ class Recorder:
 
 def _checked(indices: Any, count: int) -> list[int]:
     """The indices as a list of at least one integer, each in [0, count)."""
+    plain = type(indices) is Tensor and indices.dtype is torch.int64 and indices.dim() == 1
+    values: list[int] = indices.tolist() if plain else _listed(indices)
+    if not values or min(values) < 0 or max(values) >= count:
+        found = f"run from {min(values)} to {max(values)}" if values else "are none"
+        raise ArgumentError(
+            f"indices {found}, but the dataset has examples 0 to {count - 1}; "
+            "give dataset indices, not positions in a loader's order"
+        )
+    return values
+
+
+def _listed(indices: Any) -> list[int]:
+    """As a list of integers, whatever they come as."""
     if not isinstance(indices, Tensor):
         try:
             indices = np.asarray(indices)
@@ -383,22 +408,19 @@ def _checked(indices: Any, count: int) -> list[int]:
         integers = indices.dtype.kind in "iu"
     else:
         integers = indices.dtype in INTEGERS
-    if indices.ndim != 1 or not integers or len(indices) == 0:
+    if indices.ndim != 1 or not integers:
         raise ArgumentError(
             f"indices must be a list of dataset indices, got shape {tuple(indices.shape)} of {indices.dtype}"
         )
-    values: list[int] = indices.tolist()
-    least, most = min(values), max(values)
-    if least < 0 or most >= count:
-        raise ArgumentError(
-            f"indices run from {least} to {most}, but the dataset has examples 0 to {count - 1}; "
-            "give dataset indices, not positions in a loader's order"
-        )
-    return values
+    listed: list[int] = indices.tolist()
+    return listed
 
 
 def _number(value: Any, name: str = "loss") -> float:
     """A number, or a tensor of one, as a float."""
+    found = value.item() if type(value) is Tensor and value.dim() == 0 else value
+    if type(found) is float:
+        return found
     try:
         if isinstance(value, str):
             raise TypeError("it is a string")

@@ -31,7 +31,8 @@ class StepRecord:
     """One optimiser step: step number, the batch and what the step was made of.
 
     ``rates`` has one learning rate per parameter group; ``indices`` are dataset indices, int64;
-    ``loss`` is NaN when the loop did not tell it; the gradient was multiplied by ``sign · clip``.
+    ``loss`` is NaN when the loop did not tell it, ``gradient_norm`` where it was not measured (which makes no other
+    step of it: two records are equal without); the gradient was multiplied by ``sign · clip``.
     """
 
     step: int
@@ -51,8 +52,7 @@ class StepRecord:
 
     def _key(self) -> tuple[object, ...]:
         loss = None if math.isnan(self.loss) else self.loss
-        numbers = (self.gradient_norm, self.sign, self.clip)
-        return (self.step, self.epoch, self.rates, self.indices.tobytes(), loss, *numbers)
+        return (self.step, self.epoch, self.rates, self.indices.tobytes(), loss, self.sign, self.clip)
 
 
 @dataclass(frozen=True)

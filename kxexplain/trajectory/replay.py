@@ -22,6 +22,7 @@ from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.forward import PLAIN, Forward, Shares, assign, descend, forward, private_copy
 from kxexplain.trajectory.log import Modes
 from kxexplain.trajectory.objective import Objective
+from kxexplain.trajectory.observe import gradient_norm
 from kxexplain.trajectory.records import StepRecord
 from kxexplain.trajectory.states import State, load_model, load_optimizer, set_rates
 from kxexplain.trajectory.trajectory import Trajectory
@@ -223,6 +224,34 @@ class Replayer:
                 "record(clip_value=...)); recording more states shortens replay"
             )
         self._load(state)
+
+
+def gradient_norms(trajectory: Trajectory, model: nn.Module, dataset: Any) -> list[float]:
+    """The norm of the gradient that the optimiser was given in every step (after clipping), found by replay.
+
+    What :attr:`StepRecord.gradient_norm` is of a run recorded with ``norms=True``, to the last bit where replay is.
+
+    Raises:
+        ModelError: not the recorded architecture.
+        DatasetError: not the recorded examples.
+        ReplayError: the log does not lead to the recorded states.
+        ArgumentError: imported checkpoints, between which no step is known.
+
+    >>> import tempfile, kxexplain as kx
+    >>> data, model = kx.datasets.toy(20), nn.Linear(2, 2)
+    >>> trajectory = kx.train(model, data.train, epochs=2, out=tempfile.mkdtemp(), progress=False)
+    >>> gradient_norms(trajectory, model, data.train) == [step.gradient_norm for step in trajectory.steps]
+    True
+    """
+    if not Trajectory.required(trajectory).manifest.logged:
+        raise ArgumentError(f"{trajectory.path} was made of checkpoints: the steps between them are not known")
+    norms = []
+    with Replayer(trajectory, model, dataset) as replayer:
+        replayer.seek(0)
+        for _ in range(len(trajectory)):
+            replayer.advance()
+            norms.append(gradient_norm([p.grad for p in replayer._optimized if p.grad is not None]))
+    return norms
 
 
 def _whole(gradient: Tensor) -> Tensor:

@@ -138,13 +138,18 @@ def _clear(path: Path) -> None:
             file.unlink()
 
 
+def packed(indices: list[int]) -> bytes:
+    """Indices as the log holds them."""
+    return struct.pack(f"<{len(indices)}q", *indices)
+
+
 class Row(NamedTuple):
-    """A step about to be logged; the fields are those of a ``StepRecord``, cheap to gather."""
+    """A step about to be logged; the fields are those of a ``StepRecord``, cheap to gather and small to keep."""
 
     step: int
     epoch: int
     rates: tuple[float, ...]
-    indices: list[int]
+    indices: bytes
     loss: float
     gradient_norm: float
     sign: int
@@ -153,12 +158,9 @@ class Row(NamedTuple):
     def columns(self) -> tuple[Any, ...]:
         """The columns of the table ``steps``."""
         rates = struct.pack(f"<{len(self.rates)}d", *self.rates)
-        indices = struct.pack(f"<{len(self.indices)}q", *self.indices)
         loss = None if math.isnan(self.loss) else self.loss
-        return (
-            *(self.step, self.epoch, rates, indices),
-            *(loss, self.gradient_norm, self.sign, float(self.clip)),
-        )
+        norm = None if math.isnan(self.gradient_norm) else self.gradient_norm
+        return (self.step, self.epoch, rates, self.indices, loss, norm, self.sign, float(self.clip))
 
 
 class Writer:
@@ -217,17 +219,14 @@ class Writer:
         self.set_fact(_manifest_key(manifest.encode()), "")
         write_atomically(self.path / MANIFEST, manifest.encode())
 
-    def append(
-        self,
-        row: Row,
-        *,
-        rng: RngState | None = None,
-        modes: tuple[Sequence[str], Sequence[str]] | None = None,
-    ) -> None:
-        """Log a step; ``rng`` and ``modes`` (training, frozen) where they differ from before."""
+    def tell(self, step: int, states: RngState) -> None:
+        """Log the generator states with which a step began, where it did not go on from the one before it."""
+        for device, state in states.items():
+            self._side.append(("INSERT INTO rng VALUES (?,?,?)", (step, device, state.numpy().tobytes())))
+
+    def append(self, row: Row, *, modes: tuple[Sequence[str], Sequence[str]] | None = None) -> None:
+        """Log a step; ``modes`` (training, frozen) where they differ from before."""
         self._rows.append(row)
-        for device, state in (rng or {}).items():
-            self._side.append(("INSERT INTO rng VALUES (?,?,?)", (row.step, device, state.numpy().tobytes())))
         if modes is not None:
             values = (row.step, json.dumps(list(modes[0])), json.dumps(list(modes[1])))
             self._side.append(("INSERT INTO modes VALUES (?,?,?)", values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from functools import cached_property
@@ -165,6 +166,16 @@ class Trajectory:
         except TrajectoryError as error:
             raise TrajectoryError(f"{path}: {error}") from error
         return state
+
+    def norms(self) -> list[float]:
+        """Every step's gradient norm; ``ArgumentError`` if they were not logged."""
+        norms = [step.gradient_norm for step in self.steps]
+        if any(map(math.isnan, norms)):
+            raise ArgumentError(
+                f"{self.path} was recorded without gradient norms; record with norms=True, or find them by "
+                "kx.gradient_norms(trajectory, model, dataset)"
+            )
+        return norms
 
     def check_model(self, model: nn.Module) -> None:
         """``ModelError`` saying what differs, unless ``model`` has the trained model's parameters."""

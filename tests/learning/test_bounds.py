@@ -160,6 +160,10 @@ def test_bounds_of_a_recorded_run(name: str, tmp_path: Path) -> None:
     bare = kx.bounds(trajectory, distance=found.distance)
     assert [g.right for g in bare.guarantees[:2]] == [g.right for g in found.guarantees[:2]]
     assert {g.holds for g in bare.guarantees} == {None}
+    again = kx.bounds(trajectory, one.minimizer, one.minimum, norms=found.norms.tolist())
+    assert again.guarantees == found.guarantees
+    with pytest.raises(kx.ArgumentError, match=f"got 3 norms, but .* has {len(found.norms)} steps"):
+        kx.bounds(trajectory, distance=1.0, norms=[1.0] * 3)
     assert "continuous optimum" in str(found)
     assert found.plot(name="a run").axes
 

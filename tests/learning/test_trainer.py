@@ -82,10 +82,11 @@ def test_ones_own_loop_writes_the_same(tmp_path, case):
     data = examples(loss=case.loss)
     model, optimizer, scheduler = build(case)
     torch.manual_seed(3)
-    with record(model, optimizer, case.loss, data, out=tmp_path / "two") as recorder:
+    with record(model, optimizer, case.loss, data, out=tmp_path / "two", norms=True) as recorder:
         plain_loop(model, optimizer, scheduler, data, loss=case.loss, after=lambda i, loss, e: recorder.step(i, loss))
     own = recorder.trajectory
     assert list(own.steps) == list(trajectory.steps)
+    assert own.norms() == trajectory.norms()
     for state in trajectory.states:
         assert_same(parameters_of(own.state(state.step)), parameters_of(trajectory.state(state.step)))
 

@@ -144,7 +144,7 @@ def test_the_rates_of_ones_own_recorded_loop_are_logged(tmp_path: Path) -> None:
     """Also where the schedule comes after the recorder."""
     model, data = network(), examples()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with kx.record(model, optimizer, "cross_entropy", data, out=tmp_path) as recorder:
+    with kx.record(model, optimizer, "cross_entropy", data, out=tmp_path, norms=True) as recorder:
         kx.GradientSchedule(optimizer, kx.Schedule("adagrad_norm", radius=0.5))
         for step in range(6):
             indices = torch.arange(step, step + 8)

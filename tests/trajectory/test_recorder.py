@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 from concurrent.futures import wait
@@ -81,10 +82,11 @@ def test_recording_changes_nothing(tmp_path, case):
     assert not optimizer._optimizer_step_post_hooks
 
 
-def test_steps_say_what_happened(tmp_path):
+@pytest.mark.parametrize("norms", [True, False])
+def test_steps_say_what_happened(tmp_path, norms):
     model, optimizer, _ = build(Case(optimizer=sgd(lr=0.5)))
     inputs, targets = DATA[[4, 2, 20]]
-    with record(model, optimizer, "cross_entropy", DATA, out=tmp_path) as recorder:
+    with record(model, optimizer, "cross_entropy", DATA, out=tmp_path, norms=norms) as recorder:
         loss = nn.functional.cross_entropy(model(inputs), targets)
         loss.backward()
         norm = torch.cat([p.grad.reshape(-1) for p in model.parameters()]).norm().item()
@@ -94,7 +96,10 @@ def test_steps_say_what_happened(tmp_path):
     step = recorder.trajectory.steps[0]
     assert (step.rates, step.indices.tolist(), step.sign, step.clip) == ((0.5,), [4, 2, 20], 1, 1.0)
     assert step.loss == loss.item()
-    assert step.gradient_norm == pytest.approx(norm, rel=1e-6)
+    assert step.gradient_norm == pytest.approx(norm if norms else math.nan, rel=1e-6, nan_ok=True)
+    if not norms:
+        with pytest.raises(ArgumentError, match=r"without gradient norms; record with norms=True"):
+            recorder.trajectory.norms()
 
 
 @pytest.mark.parametrize(
@@ -144,10 +149,11 @@ def test_epochs_that_the_loop_cuts_short(tmp_path):
     assert [step.epoch for step in recorder.trajectory.steps] == [0, 0, 1, 1, 2, 2]
 
 
-def one_step(model, optimizer, indices=(0, 1)):
+def one_step(model, optimizer, indices=(0, 1), before=lambda: None):
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(model(DATA[list(indices)][0]), DATA[list(indices)][1])
     loss.backward()
+    before()
     optimizer.step()
     return loss
 
@@ -300,6 +306,33 @@ class TestNotFinite:
         assert (len(trajectory), trajectory.tail) == (3, 0)
         assert [state.step for state in trajectory.states] == [0, 3]
         trajectory.check_files()
+
+    @pytest.mark.parametrize("norms", [True, False])
+    def test_gradient_of_some_parameters(self, tmp_path, norms):
+        """One that the loss does not show: all are looked at with norms, and without them the states are."""
+        model, optimizer, _ = build(CASES["mlp"])
+        recorder = record(model, optimizer, "cross_entropy", DATA, out=tmp_path, keep=2, norms=norms)
+
+        def spoilt():
+            one_step(model, optimizer, before=lambda: model[0].weight.grad.fill_(math.inf))
+
+        acts = [lambda: one_step(model, optimizer), lambda: recorder.step([0, 1])]
+        wanted = "gradient at step 3 is not finite" if norms else "parameter is not finite after 4 steps"
+        with pytest.raises(TrainingError, match=wanted):
+            recording(recorder, *acts, *acts, *acts, spoilt, acts[1])
+        trajectory = Trajectory.open(tmp_path)
+        assert (len(trajectory), trajectory.tail) == ((3, 0) if norms else (2, 2))
+        trajectory.check_files()
+
+    @pytest.mark.parametrize("first", [nn.Linear(6, 1, bias=False), nn.Linear(6, 100)])
+    def test_gradient_of_models_without_a_short_bias(self, tmp_path, first):
+        model = nn.Sequential(first, nn.Linear(first.out_features, 200))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        start = named(model)
+        backward = lambda: (model(DATA[:9][0]).sum() * math.nan).backward()  # noqa: E731
+        with pytest.raises(TrainingError, match="gradient at step 0 is not finite"):
+            recording(record(model, optimizer, "cross_entropy", DATA, out=tmp_path), backward, optimizer.step)
+        assert_same(named(model), start)
 
     def test_state_before_the_bad_step_has_its_buffers(self, tmp_path):
         """The spoilt forward pass has moved the running statistics; the state must not have them."""

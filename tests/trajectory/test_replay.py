@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from kxexplain.errors import ArgumentError, DatasetError, ModelError, ReplayError
-from kxexplain.trajectory import Replayer, Trajectory, record, split
+from kxexplain.trajectory import Replayer, Trajectory, gradient_norms, record, split
 from kxexplain.trajectory.replay import unprofiled
 from tests.trajectory.runs import CASES, Case, assert_same, build, examples, named, parameters_of, plain_loop, sgd
 
@@ -91,6 +91,48 @@ def test_randomness_that_begins_late(tmp_path):
             replayer.model[1].p = 0.0 if number < 50 else 0.5
             replayer.advance()
     assert replayer.drift == 0.0
+
+
+@pytest.mark.parametrize("whose", ["model", "loop"])
+@pytest.mark.parametrize("start", [20, 30, 31, 32, 33, 40, 47])
+def test_one_that_begins_to_draw_in_the_quiet(tmp_path, start, whose):
+    """Between two looks at the generator nobody knows which step drew, and nobody needs to."""
+    data = examples()
+    model, optimizer, _ = build(Case(CASES["dropout"].model))
+    model[1].p = 0.0
+    with record(model, optimizer, "cross_entropy", data, out=tmp_path, keep=37) as recorder:
+        for number in range(60):
+            if whose == "model":
+                model[1].p = 0.0 if number < start else 0.5
+            elif number >= start:
+                torch.rand(1)
+            nn.functional.cross_entropy(model(data[:4][0]), data[:4][1], reduction="none").mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step(range(4))
+    for state in (0, 37):
+        with Replayer(recorder.trajectory, model, data) as replayer:
+            replayer.seek(state)
+            for number in range(state, 60):
+                replayer.model[1].p = 0.5 if whose == "model" and number >= start else 0.0
+                replayer.advance()
+        assert replayer.drift == 0.0
+
+
+@pytest.mark.parametrize("name", ["mlp", "adamw, dropout", "batch norm"])
+def test_gradient_norms_that_were_not_logged(tmp_path, name):
+    case, data = CASES[name], examples()
+    found = {}
+    for norms in (True, False):
+        model, optimizer, scheduler = build(case)
+        torch.manual_seed(5)
+        with record(model, optimizer, case.loss, data, out=tmp_path / str(norms), norms=norms) as recorder:
+            plain_loop(
+                model, optimizer, scheduler, data, loss=case.loss, after=lambda i, loss, e: recorder.step(i, loss)
+            )
+        found[norms] = recorder.trajectory
+    assert gradient_norms(found[False], model, data) == found[True].norms() == gradient_norms(found[True], model, data)
+    assert list(found[False].steps) == list(found[True].steps)
 
 
 def test_modes_that_change(tmp_path):
