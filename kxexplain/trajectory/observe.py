@@ -17,7 +17,6 @@ from kxexplain.shapes import Tensors
 from kxexplain.trajectory import rng
 from kxexplain.trajectory.draws import Draws, Told
 from kxexplain.trajectory.log import Modes
-from kxexplain.trajectory.states import rates
 
 RATES = ("params", "lr", "initial_lr")
 """Options of a parameter group that may change while training goes on."""
@@ -67,11 +66,10 @@ class Observer:
         self._forward_hook: RemovableHandle | None = None
         self._buffers: Tensors | None = None
         self._has_buffers = any(True for _ in model.buffers())
-        self._fixed = [Fixed.of(group) for group in optimizer.param_groups]
+        self._groups = [Held.of(group) for group in optimizer.param_groups]
         self._by_size = sorted(self.parameters, key=Tensor.numel)
         smallest = self._by_size[0]
         self._read = smallest if smallest.dim() == 1 and len(smallest) <= FEW and smallest.dtype in WIDE else None
-        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
         self._plain = is_plain(optimizer)
         self._names = [name for name, _ in model.named_modules()]
         self._modules = list(model.modules())
@@ -135,12 +133,6 @@ class Observer:
                 "recorder.step() was called without an optimizer.step() before it; call it once "
                 "after each step of the optimizer that was given to record()"
             )
-        for fixed in self._fixed:
-            if fixed.read(fixed.group) != fixed.values:
-                raise TrainingError(
-                    f"the optimizer's {fixed.changed()} at step {self.step}; only learning rates may change while "
-                    "recording (schedulers that cycle the momentum as well: cycle_momentum=False)"
-                )
 
     def logged(self) -> Told | None:
         """The pending step is logged; returns what a replay must be told of the generators."""
@@ -204,11 +196,7 @@ class Observer:
                 "recorder.fetch(indices), so replay could not draw the same; nothing was changed. Write "
                 "inputs, targets = recorder.fetch(indices) in the loop"
             )
-        if [len(group["params"]) for group in self.optimizer.param_groups] != self._sizes:
-            raise TrainingError(
-                f"the optimizer was given more parameters, or fewer, by step {self.step}; nothing was changed. Give it "
-                "all parameters before record(), and free them later with requires_grad_(True)"
-            )
+        rates = self._rates()
         free = list(map(FREE, self._parameters))
         if not all(free):
             self._check_frozen()
@@ -222,8 +210,29 @@ class Observer:
             )
         if self.norms:
             self.norm = size
-        self.rates = rates(self.optimizer)
+        self.rates = rates
         self.pending = True
+
+    def _rates(self) -> tuple[float, ...]:
+        """Each group's learning rate; ``TrainingError`` if anything else of the groups is not as it was."""
+        groups, found = self.optimizer.param_groups, []
+        for group, held in zip(groups, self._groups, strict=False):
+            rate, *options, parameters = held.read(group)
+            if len(parameters) != held.size:
+                break
+            if options != held.options:
+                raise TrainingError(
+                    f"the optimizer's {held.changed(options)} by step {self.step}; nothing was changed. Only learning "
+                    "rates may change while recording (schedulers that cycle the momentum as well: "
+                    "cycle_momentum=False)"
+                )
+            found.append(float(rate))
+        if not len(found) == len(groups) == len(self._groups):
+            raise TrainingError(
+                f"the optimizer was given more parameters, or fewer, by step {self.step}; nothing was changed. Give it "
+                "all parameters before record(), and free them later with requires_grad_(True)"
+            )
+        return tuple(found)
 
     def _size(self) -> float:
         """The gradient's norm; where that is not asked for, of the smallest parameter with one the sum or norm."""
@@ -245,26 +254,26 @@ class Observer:
                 )
 
 
-class Fixed(NamedTuple):
-    """A parameter group's options but those that may change, and what they were; read in every step at once."""
+class Held(NamedTuple):
+    """What a parameter group was like at the start of the recording; read again in every step at once."""
 
-    group: dict[str, Any]
     keys: list[str]
     read: Callable[[dict[str, Any]], Any]
-    values: Any
+    """Gives the learning rate, the options of these names, and the parameters."""
+    options: list[Any]
+    size: int
 
     @classmethod
-    def of(cls, group: dict[str, Any]) -> Fixed:
-        """As they are now."""
+    def of(cls, group: dict[str, Any]) -> Held:
+        """The group as it is now."""
         keys = [key for key in group if key not in RATES]
-        read = itemgetter(*keys) if keys else lambda _: None
-        return cls(group, keys, read, read(group))
+        read = itemgetter("lr", *keys, "params")
+        return cls(keys, read, list(read(group)[1:-1]), len(group["params"]))
 
-    def changed(self) -> str:
-        """Which option is another, in words."""
-        values = self.values if len(self.keys) > 1 else (self.values,)
-        pairs = zip(self.keys, values, strict=True)
-        return next(f"{key} changed from {v} to {self.group[key]}" for key, v in pairs if self.group[key] != v)
+    def changed(self, options: list[Any]) -> str:
+        """Which of these options is another, in words."""
+        pairs = zip(self.keys, self.options, options, strict=True)
+        return next(f"{key} changed from {before} to {now}" for key, before, now in pairs if now != before)
 
 
 def is_plain(optimizer: torch.optim.Optimizer) -> bool:
