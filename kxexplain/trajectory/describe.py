@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -59,9 +60,14 @@ def describe(
 
 def versions() -> dict[str, str]:
     """Versions of what a run depends on, by name."""
-    try:
-        own = version("kxexplain")
-    except PackageNotFoundError:
-        own = "unknown"
     python = ".".join(map(str, sys.version_info[:3]))
-    return {"kxexplain": own, "torch": torch.__version__, "python": python, "numpy": np.__version__}
+    return {"kxexplain": _own_version(), "torch": torch.__version__, "python": python, "numpy": np.__version__}
+
+
+@cache
+def _own_version() -> str:
+    """What the installed package says it is; looking it up takes a while."""
+    try:
+        return version("kxexplain")
+    except PackageNotFoundError:
+        return "unknown"

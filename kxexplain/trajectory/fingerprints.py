@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from kxexplain.errors import DatasetError
 from kxexplain.shapes import Inputs
@@ -67,18 +68,28 @@ def fingerprint(dataset: Any) -> Fingerprint:
     >>> fingerprint(data).difference(fingerprint(Subset(data, [2, 0, 1])))
     'the same examples in another order'
     """
-    total = size(dataset)
+    total, digest = size(dataset), _Digest()
+    if type(dataset) is TensorDataset and len(dataset.tensors) == 2:  # it serves what it holds
+        inputs, targets = dataset.tensors
+        for rows in _chunks(total, (inputs, targets)):
+            digest.update((inputs[rows.start : rows.stop], targets[rows.start : rows.stop]))
+        return digest.result()
     with rng.fork(torch.device("cpu")):
         _check_served_alike(dataset, total)
-        row = sum(leaf.nbytes for _, leaf in leaves(_served(dataset, [0])[0]))
-        step = max(1, CHUNK_BYTES // max(1, row))
-        digest, random = _Digest(), False
-        for start in range(0, total, step):
-            rows = range(start, min(start + step, total))
+        random = False
+        for rows in _chunks(total, _served(dataset, [0])[0]):
             if not random:
                 batch, random = _served(dataset, rows)
             digest.update(fetch(_EachAlone(dataset), rows) if random else batch)
         return replace(digest.result(), random=random)
+
+
+def _chunks(total: int, like: tuple[Inputs, Tensor]) -> Iterator[range]:
+    """All rows, so many at once as fit; ``like`` are some."""
+    row = sum(leaf.nbytes // len(leaf) for _, leaf in leaves(like))
+    step = max(1, CHUNK_BYTES // max(1, row))
+    for start in range(0, total, step):
+        yield range(start, min(start + step, total))
 
 
 def _served(dataset: Any, rows: Sequence[int]) -> tuple[tuple[Inputs, Tensor], bool]:
