@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -114,8 +114,12 @@ def explain(
     )
     explanation = itemised(question.wide_side() if precision == "double" else side)
     if precision == "auto" and side.rule.exact and precisions.is_lost(explanation):
-        with suppress(ModelError):  # one that cannot: the remainder says what is missing
-            explanation = itemised(question.wide_side())
+        try:
+            side = question.wide_side()
+        except ModelError:  # one that cannot: the remainder says what is missing
+            pass
+        else:
+            explanation = itemised(side)
     left = unattributed_part(explanation, trajectory)
     if left is not None:
         warnings.warn(left, UnattributedWarning, stacklevel=2)
@@ -143,13 +147,18 @@ class _Question:
 
     def wide_side(self) -> QuerySide:
         """The same in float64; ``ModelError`` if the model, which takes the queries in its own type, does not."""
+        cause: KxError | None = None
         try:
-            return self.side(torch.float64)
+            side = self.side(torch.float64)
+            if side.dtype == torch.float64:
+                return side
+            problem = f"its outputs are {side.dtype} all the same"
         except KxError as error:
-            raise ModelError(
-                f"the model cannot compute in float64: {error}; make what it creates in forward follow its input's "
-                'type (torch.zeros(n, dtype=x.dtype), say), or leave out precision="double"'
-            ) from error
+            problem, cause = str(error), error
+        raise ModelError(
+            f"the model (or the target, if it is a function) cannot compute in float64: {problem}; make what it "
+            "creates follow its input's type (torch.zeros(n, dtype=x.dtype), say), or leave out the precision"
+        ) from cause
 
 
 def _itemised(

@@ -299,9 +299,11 @@ def _steps(trajectory: Trajectory, given: Sequence[float] | None) -> tuple[Rates
     if not steps or any(step.sign < 0 for step in steps):
         raise ArgumentError(f"{trajectory.path} has no steps, or some that ascend; the guarantees are for descent")
     factors = np.array([step.clip for step in steps])
-    norms = np.array(trajectory.norms() if given is None else given)
-    if len(norms) != len(steps):
-        raise ArgumentError(f"got {len(norms)} norms, but {trajectory.path} has {len(steps)} steps; give one for each")
+    norms = np.array(trajectory.norms() if given is None else given, dtype=float)
+    if norms.shape != (len(steps),) or not np.isfinite(norms).all():
+        raise ArgumentError(
+            f"got {len(norms)} norms, but {trajectory.path} has {len(steps)} steps; give a finite one for each"
+        )
     if (norms <= 0).any() or (factors <= 0).any():
         raise ArgumentError(f"a gradient of {trajectory.path} is zero: the minimum was reached before the last step")
     return np.array([step.rates[0] for step in steps]) * factors, norms / factors

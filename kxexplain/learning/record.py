@@ -26,7 +26,7 @@ def record(
     seed: int | None = None,
     clip_value: float | None = None,
     objective: Objective | None = None,
-    norms: bool = False,
+    norms: bool = True,
     features: int | None = None,
     segments: int | None = None,
     overwrite: bool = False,
@@ -48,9 +48,10 @@ def record(
     A dataset that augments at random must draw from torch's global generator, and its batches must come from
     ``recorder.fetch(indices)``, so that replay draws the same; ``TrainingError`` before the first step if they do not.
     ``keep`` says which states to keep: "step", "epoch", a number of steps, or a size like "200MB".
-    ``norms`` logs the norm of every step's gradient, as :func:`kxexplain.train` does: a tenth of a short step's time.
-    Without, :func:`kxexplain.gradient_norms` finds them by replay, and of a gradient that is not finite only what
-    reaches the smallest parameter (as a loss does that is not) is noticed before the optimiser moves.
+    ``norms`` logs the norm of every step's gradient, which is a tenth of a short step's time. With ``norms=False``
+    :func:`kxexplain.gradient_norms` finds them by replay, and a gradient that is not finite is noticed before the
+    optimiser moves only where it reaches the smallest parameter (most losses that are not finite do): else when the
+    loop tells a loss that is not, or at the next state, and the steps since the last one are lost.
     ``features`` collects gradient features of so many dimensions from the loop's own forward and backward passes, for
     the retrieval index in ``out``/index, as :func:`kxexplain.train` does; ``segments``, the number of states to come
     after the first (of epochs, with ``keep="epoch"``), divides their coordinates better from 512 dimensions on. They

@@ -118,9 +118,8 @@ def train(
         )  # fmt: skip
         own = own_class(plan.optimizer)
         recorder = Recorder(
-            model, plan.optimizer, plan.manifest, policy, path=path, loss=loss, dataset=dataset, norms=True,
-            overwrite=overwrite,
-        )  # fmt: skip
+            model, plan.optimizer, plan.manifest, policy, path=path, loss=loss, dataset=dataset, overwrite=overwrite
+        )
         run = Run(model, plan.optimizer, scheduler, recorder, loss=resolve(loss)[1], schedule=plan.schedule)
         if features is not None:
             borders = borders_of(policy, epochs * run.batches, run.batches)

@@ -169,7 +169,7 @@ class _Digest:
 
 def _words(leaf: Tensor) -> np.ndarray:
     """A tensor's bytes as (rows, 64-bit words), each row filled up with zeros."""
-    flat = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     data = flat.reshape(len(leaf), flat.size // len(leaf))
     missing = -data.shape[1] % 8
     if missing:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from kxexplain.errors import ArgumentError, TrainingError
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import rng
-from kxexplain.trajectory.draws import Draws, Told
+from kxexplain.trajectory.draws import Draws
 from kxexplain.trajectory.log import Modes
 
 RATES = ("params", "lr", "initial_lr")
@@ -67,9 +67,8 @@ class Observer:
         self._buffers: Tensors | None = None
         self._has_buffers = any(True for _ in model.buffers())
         self._groups = [Held.of(group) for group in optimizer.param_groups]
-        self._by_size = sorted(self.parameters, key=Tensor.numel)
-        smallest = self._by_size[0]
-        self._read = smallest if smallest.dim() == 1 and len(smallest) <= FEW and smallest.dtype in WIDE else None
+        self._by_size = sorted((p for p in self.parameters if p.numel()), key=Tensor.numel)
+        self._read = next((p for p in self._by_size[:1] if p.dim() == 1 and len(p) <= FEW and p.dtype in WIDE), None)
         self._plain = is_plain(optimizer)
         self._names = [name for name, _ in model.named_modules()]
         self._modules = list(model.modules())
@@ -103,7 +102,7 @@ class Observer:
     def begin(self, step: int, state: rng.RngState) -> None:
         """Observe from ``step`` on, which begins with this generator state."""
         self.step = step
-        self.draws.begin(step, state)
+        self.draws.begin(state)
 
     def fetching(self, indices: list[int]) -> None:
         """These examples are about to be fetched."""
@@ -134,9 +133,9 @@ class Observer:
                 "after each step of the optimizer that was given to record()"
             )
 
-    def logged(self) -> Told | None:
-        """The pending step is logged; returns what a replay must be told of the generators."""
-        told = self.draws.logged(self.step)
+    def logged(self) -> rng.RngState | None:
+        """The pending step is logged; returns the generator states that a replay must be told it began with."""
+        told = self.draws.logged()
         if self.draws.quiet:
             if self._forward_hook is not None and not self._has_buffers:
                 self._leave_forward()
@@ -204,9 +203,8 @@ class Observer:
         size = self._size()
         if not math.isfinite(size):
             raise TrainingError(
-                f"the gradient at step {self.step} is not finite ({size}); the parameters were "
-                "left as they are, and the trajectory is good up to its last state. Lower the "
-                "learning rate, or check the inputs"
+                f"the gradient at step {self.step} is not finite ({size}); this step was not taken, and the trajectory "
+                "is good up to its last state. Lower the learning rate, or check the inputs"
             )
         if self.norms:
             self.norm = size
@@ -217,7 +215,12 @@ class Observer:
         """Each group's learning rate; ``TrainingError`` if anything else of the groups is not as it was."""
         groups, found = self.optimizer.param_groups, []
         for group, held in zip(groups, self._groups, strict=False):
-            rate, *options, parameters = held.read(group)
+            try:
+                rate, *options, parameters = held.read(group)
+            except KeyError as error:
+                raise TrainingError(
+                    f"the optimizer's option {error} is gone by step {self.step}; leave it in"
+                ) from error
             if len(parameters) != held.size:
                 break
             if options != held.options:

@@ -52,7 +52,7 @@ def record(
     seed: int | None = None,
     clip_value: float | None = None,
     objective: Objective | None = None,
-    norms: bool = False,
+    norms: bool = True,
     beside: Callable[[Recorder], Beside] | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -116,7 +116,7 @@ class Recorder:
         path: Path,
         loss: str | LossFunction,
         dataset: Any,
-        norms: bool = False,
+        norms: bool = True,
         overwrite: bool = False,
     ) -> None:
         self.path = path
@@ -240,7 +240,7 @@ class Recorder:
         observer = _entered(self._observer)
         batch = _checked(indices, self._count)
         observer.fetching(batch)
-        return fetch(self._dataset, indices, observer.device)
+        return fetch(self._dataset, indices if isinstance(indices, Tensor) else batch, observer.device)
 
     def step(
         self,
@@ -297,7 +297,7 @@ class Recorder:
         row = Row(observer.step, number, observer.rates, packed(batch), value, observer.norm, sign, clip)
         modes, told = observer.new_modes(), observer.logged()
         if told is not None:
-            writer.tell(*told)
+            writer.tell(row.step, told)
         writer.append(row, modes=modes)
         if self.beside is not None:
             self.beside.logged(row.step, batch, row.rates, sign * clip)
@@ -319,9 +319,6 @@ class Recorder:
 
     def _save(self, *, kept: bool) -> None:
         observer, writer = _entered(self._observer), _entered(self._writer)
-        told = observer.draws.look(observer.step)
-        if told is not None:
-            writer.tell(*told)
         settled = owned(self._capture())
         writer.put_state(observer.step, lambda: encode(settled), kept=kept)
         observer.draws.recorded()

@@ -152,17 +152,18 @@ def test_penalty(tmp_path: Path) -> None:
 class OwnFloats(nn.Module):
     """Makes values of a type of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: bool) -> None:
         super().__init__()
-        self.layer = nn.Linear(4, 3)
+        self.layer, self.last = nn.Linear(4, 3), last
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) @ torch.eye(3)
+        return self.layer(x).float() if self.last else self.layer(x) @ torch.eye(3)
 
 
-def test_models_that_cannot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [True, False])
+def test_models_that_cannot(last: bool, tmp_path: Path) -> None:
     data = TensorDataset(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3)
-    model = OwnFloats()
+    model = OwnFloats(last)
     trajectory = kx.train(model, data, epochs=1, batch_size=3, out=tmp_path, progress=False)
     assert kx.explain(trajectory, model, data, data).facts["precision"] == "float32"
     with pytest.raises(ModelError, match=r"cannot compute in float64.*follow its input's type"):

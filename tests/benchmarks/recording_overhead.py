@@ -2,7 +2,8 @@
 
 MNIST-5k (4,000 training examples), SGD 0.1, batch 64, 2 threads. An MLP 784-128-64-10 ReLU in two loops: "loader", as
 loops are usually written (a DataLoader that shuffles and collates), and "tensors", the tightest possible (rows of
-whole tensors); and in the former a small CNN ("cnn"), whose steps take longer. Two copies of the loop run side by side,
+whole tensors); and in the former a small CNN ("cnn"), whose steps take longer; the MLP's loops also without logging the
+gradient's norm. Two copies of the loop run side by side,
 an epoch of the plain one and an epoch of the recorded one in turn, so that what else the machine does meets both alike.
 Reported: the median over epochs of recorded / plain (``ratio_epoch``), and the same with what recording costs once (the
 checks and the fingerprint before, the first state and the closing) spread over a run of 15 epochs (``ratio``, the one
@@ -84,7 +85,9 @@ def epoch(batches: Batches, data: TensorDataset, model: nn.Module, optimizer: An
     return time.perf_counter() - began
 
 
-def measure(batches: Batches, network: Callable[[], nn.Module], data: TensorDataset, epochs: int) -> dict[str, Any]:
+def measure(
+    batches: Batches, network: Callable[[], nn.Module], data: TensorDataset, epochs: int, *, norms: bool = True
+) -> dict[str, Any]:
     plain_model, model = network(), network()
     plain_sgd, sgd = (torch.optim.SGD(m.parameters(), lr=RATE) for m in (plain_model, model))
     plain: list[float] = []
@@ -92,7 +95,7 @@ def measure(batches: Batches, network: Callable[[], nn.Module], data: TensorData
     with tempfile.TemporaryDirectory() as folder:
         epoch(batches, data, plain_model, plain_sgd, None)  # for warming up
         began = time.perf_counter()
-        recorder = kx.record(model, sgd, "cross_entropy", data, out=folder)
+        recorder = kx.record(model, sgd, "cross_entropy", data, out=folder, norms=norms)
         with recorder:
             once = time.perf_counter() - began
             for _ in range(epochs):
@@ -121,6 +124,8 @@ def main() -> None:
     data = kx.datasets.mnist5k().train
     cases = {"loader": (loader, mlp), "tensors": (tensors, mlp), "cnn": (loader, cnn)}
     numbers = {name: measure(batches, network, data, arguments.epochs) for name, (batches, network) in cases.items()}
+    for name in ("loader", "tensors"):
+        numbers[f"{name}, without norms"] = measure(*cases[name], data, arguments.epochs, norms=False)
     write_result("recording_overhead", {"limit_ratio": 1.1, "epochs": arguments.epochs, **numbers})
 
 

@@ -275,6 +275,35 @@ class TestStepsPastTheRecorder:
             recorder.__enter__()
 
 
+@pytest.mark.parametrize("stop", [2, 10, 23])
+def test_resumed_after_the_loop_had_drawn_for_a_step(tmp_path, stop):
+    """The generator is set to what the last logged step left, not to what the step that never was drew."""
+
+    def loop(recorder, model, optimizer, until):
+        while recorder.position < 30:
+            indices = torch.randint(0, 22, (4,))
+            if recorder.position == until:
+                raise ZeroDivisionError
+            one_step(model, optimizer, indices.tolist())
+            recorder.step(indices)
+
+    found = []
+    for name, until in (("whole", None), ("parts", stop)):
+        model, optimizer, _ = build(CASES["mlp"])
+        torch.manual_seed(4)
+        if until is not None:
+            with (
+                pytest.raises(ZeroDivisionError),
+                record(model, optimizer, "cross_entropy", DATA, out=tmp_path / name, keep=1000) as recorder,
+            ):
+                loop(recorder, model, optimizer, until)
+        resumed = record(model, optimizer, "cross_entropy", DATA, out=tmp_path / name, keep=1000, resume=True)
+        with resumed:
+            loop(resumed, model, optimizer, None)
+        found.append(named(model))
+    assert_same(*found)
+
+
 class TestNotFinite:
     def run(self, tmp_path, spoil, steps=3):
         """``steps`` good steps, then one that ``spoil`` has spoilt."""
@@ -605,7 +634,8 @@ class TestInterrupted:
         monkeypatch.undo()
         stopped = Trajectory.open(tmp_path / "run")
         stopped.check_files()
-        assert stopped.tail == 0
+        if name != "_write_state":  # a thread's: its Ctrl-C may come between the optimiser's step and the recorder's
+            assert stopped.tail == 0
         files = sorted(path.name for path in (tmp_path / "run" / "states").iterdir())
         assert files == [state.file for state in stopped.states]
         again = self.loop(tmp_path / "run", resume=True)

@@ -93,6 +93,37 @@ def test_randomness_that_begins_late(tmp_path):
     assert replayer.drift == 0.0
 
 
+class Rarely(nn.Module):
+    """Draws for some batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if self.training and float(x.abs().max()) > 2.5:
+            hidden = nn.functional.dropout(hidden, 0.5)
+        return self.last(hidden)
+
+
+@pytest.mark.parametrize("keep", ["epoch", "step"])
+def test_one_that_draws_now_and_then_beside_a_loader_that_does(tmp_path, keep):
+    torch.manual_seed(1)
+    data, model = TensorDataset(torch.randn(40, 6), torch.arange(40) % 3), Rarely()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with record(model, optimizer, "cross_entropy", data, out=tmp_path, keep=keep) as recorder:
+        for _ in range(4):
+            for indices in DataLoader(range(40), batch_size=4, shuffle=True):
+                optimizer.zero_grad()
+                inputs, targets = data[indices]
+                nn.functional.cross_entropy(model(inputs), targets, reduction="none").mean().backward()
+                optimizer.step()
+                recorder.step(indices)
+    assert 0 < len(recorder.trajectory.rng_steps) < 40
+    assert replay(recorder.trajectory, model, data).drift == 0.0
+
+
 @pytest.mark.parametrize("whose", ["model", "loop"])
 @pytest.mark.parametrize("start", [20, 30, 31, 32, 33, 40, 47])
 def test_one_that_begins_to_draw_in_the_quiet(tmp_path, start, whose):
