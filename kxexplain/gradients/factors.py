@@ -75,7 +75,7 @@ class Outer:
         return self if raw is None else Outer(self.weight, self.bias, self.a, self.g, self.transposed, raw)
 
     def cast(self, dtype: torch.dtype) -> Outer:
-        """The same gradients in another type, in memory of their own."""
+        """The same gradients in another type; ``a`` is then no input as the dataset serves it."""
         return Outer(self.weight, self.bias, self.a.to(dtype), self.g.to(dtype), self.transposed)
 
     def emptied(self, rows: int) -> Outer:

@@ -127,7 +127,7 @@ def test_one_that_draws_now_and_then_beside_a_loader_that_does(tmp_path, keep):
 @pytest.mark.parametrize("whose", ["model", "loop"])
 @pytest.mark.parametrize("start", [20, 30, 31, 32, 33, 40, 47])
 def test_one_that_begins_to_draw_in_the_quiet(tmp_path, start, whose):
-    """Between two looks at the generator nobody knows which step drew, and nobody needs to."""
+    """Whether the step or the loop drew is not known there, and need not be."""
     data = examples()
     model, optimizer, _ = build(Case(CASES["dropout"].model))
     model[1].p = 0.0
