@@ -299,10 +299,7 @@ def _steps(trajectory: Trajectory, given: Sequence[float] | None) -> tuple[Rates
     if not steps or any(step.sign < 0 for step in steps):
         raise ArgumentError(f"{trajectory.path} has no steps, or some that ascend; the guarantees are for descent")
     factors = np.array([step.clip for step in steps])
-    try:
-        norms = np.array(trajectory.norms() if given is None else given, dtype=float)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"got norms={given!r}; expected a number for each step: {error}") from error
+    norms = np.array(trajectory.norms() if given is None else given, dtype=float)
     if norms.shape != (len(steps),) or not np.isfinite(norms).all():
         raise ArgumentError(
             f"got {len(norms)} norms, but {trajectory.path} has {len(steps)} steps; give a finite one for each"
