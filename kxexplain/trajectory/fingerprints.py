@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -68,13 +69,14 @@ def fingerprint(dataset: Any) -> Fingerprint:
     >>> fingerprint(data).difference(fingerprint(Subset(data, [2, 0, 1])))
     'the same examples in another order'
     """
-    total, digest = size(dataset), _Digest()
+    total = size(dataset)
     if type(dataset) is TensorDataset and len(dataset.tensors) == 2:  # it serves what it holds
         inputs, targets = dataset.tensors
-        for rows in _chunks(total, (inputs, targets)):
-            digest.update((inputs[rows.start : rows.stop], targets[rows.start : rows.stop]))
-        return digest.result()
-    with rng.fork(torch.device("cpu")):
+        with _Digest() as digest:
+            for rows in _chunks(total, (inputs, targets)):
+                digest.update((inputs[rows.start : rows.stop], targets[rows.start : rows.stop]))
+            return digest.result()
+    with rng.fork(torch.device("cpu")), _Digest() as digest:
         _check_served_alike(dataset, total)
         random = False
         for rows in _chunks(total, _served(dataset, [0])[0]):
@@ -115,9 +117,9 @@ def _check_served_alike(dataset: Any, total: int) -> None:
     probe = sorted({0, 1 % total, total // 2, total - 1})
     seen = set()
     for _ in range(PROBES):
-        digest = _Digest()
-        digest.update(_served(dataset, probe)[0])
-        seen.add(digest.result())
+        with _Digest() as digest:
+            digest.update(_served(dataset, probe)[0])
+            seen.add(digest.result())
     if len(seen) > 1:
         raise DatasetError(
             "the dataset served different values for the same index when asked again; random augmentation can be "
@@ -131,15 +133,24 @@ class _Digest:
 
     In order: one SHA-256 per tensor of an example, each over that tensor's rows. Regardless of
     order: the sum of a number per row, Σ_j m_j·w_j over its folded 64-bit words w_j, then mixed,
-    modulo 2^64. Only the former says that two datasets are equal; the latter words a message.
+    modulo 2^64. Only the former says that two datasets are equal; the latter words a message. The former is taken in
+    a thread of its own, since each of both takes as long as reading the rows.
     """
 
     def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "kxexplain-fingerprint")
+        self._hashing: Future[None] | None = None
         self.rows = 0
         self.layout: list[str] | None = None
         self.streams: list[Any] = []
         self.factors: list[np.ndarray] = []
         self.sum = np.zeros(1, np.uint64)
+
+    def __enter__(self) -> _Digest:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.shutdown()
 
     def update(self, batch: tuple[Inputs, Tensor]) -> None:
         """Take in the next rows."""
@@ -152,14 +163,24 @@ class _Digest:
             self.factors = [_factors(i, w.shape[1]) for i, w in enumerate(words)]
         if layout != self.layout:
             raise DatasetError(f"examples differ in shape or type: {self.layout} and {layout}")
-        for stream, word in zip(self.streams, words, strict=True):
-            stream.update(memoryview(cast(Any, word)))
+        self._hashed()
+        self._hashing = self._thread.submit(self._hash, words)
         keys = sum(_folded(w) @ m for w, m in zip(words, self.factors, strict=True))
         self.sum += _mixed(cast(np.ndarray, keys)).sum(dtype=np.uint64)
         self.rows += len(words[0])
 
+    def _hash(self, words: list[np.ndarray]) -> None:
+        for stream, word in zip(self.streams, words, strict=True):
+            stream.update(memoryview(cast(Any, word)))
+
+    def _hashed(self) -> None:
+        """Wait for the rows being hashed."""
+        if self._hashing is not None:
+            self._hashing.result()
+
     def result(self) -> Fingerprint:
         """The fingerprint of the rows so far."""
+        self._hashed()
         head = f"{self.rows};{self.layout};".encode()
         streams = b"".join(stream.digest() for stream in self.streams)
         ordered = hashlib.sha256(head + streams).hexdigest()
