@@ -50,7 +50,7 @@ from kxexplain.learning.schedules import Schedule
 from kxexplain.learning.svm import compare_svm
 from kxexplain.learning.trainer import fit, train
 from kxexplain.search import GradientIndex, Neighbors, dim_for_recall, self_influence
-from kxexplain.trajectory import Objective, Recorder, Trajectory, gradient_norms, import_checkpoints
+from kxexplain.trajectory import Objective, Recorder, Trajectory, gradient_norms, import_checkpoints, recover
 
 if TYPE_CHECKING:
     from kxexplain.learning.estimators import PathKernelClassifier, PathKernelRegressor
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - grouped by what they are for
     # record
-    "train", "fit", "record", "import_checkpoints", "Recorder", "Trajectory",
+    "train", "fit", "record", "recover", "import_checkpoints", "Recorder", "Trajectory",
     # how to learn: the rate, and what is minimised
     "Schedule", "GradientSchedule", "Objective", "flooded", "input_penalty", "parameter_penalty",
     # what theory says of a run, and how it went

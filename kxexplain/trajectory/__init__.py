@@ -1,8 +1,8 @@
 """The trajectory: what training went through, recorded, stored and replayed.
 
 ``record`` is what a loop calls and gives a :class:`Recorder`; ``import_checkpoints`` makes do with what an unrecorded
-training left; :class:`Trajectory` opens the folder
-it writes; :class:`Replayer` redoes its steps; ``split`` says how an optimiser's step divides.
+training left; :class:`Trajectory` opens the folder it writes; :class:`Replayer` redoes its steps, ``recover`` those of
+a run that broke off; ``split`` says how an optimiser's step divides.
 """
 
 from kxexplain.trajectory.batches import call, count, fetch, outputs_2d, take
@@ -20,6 +20,7 @@ from kxexplain.trajectory.records import (
     StepRecord,
     TensorRecord,
 )
+from kxexplain.trajectory.recovery import recover
 from kxexplain.trajectory.replay import ReplayedStep, Replayer, Watch, gradient_norms
 from kxexplain.trajectory.states import State
 from kxexplain.trajectory.trajectory import Trajectory
@@ -53,6 +54,7 @@ __all__ = [
     "import_checkpoints",
     "outputs_2d",
     "record",
+    "recover",
     "resolve",
     "split",
     "take",

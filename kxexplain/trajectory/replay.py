@@ -97,7 +97,8 @@ class Replayer:
         self._bare = self.objective == PLAIN
         self._shares = Shares(trajectory.manifest.reduction)
         self._recorded = {state.step for state in trajectory.states}
-        self._rng: rng.RngState = {}
+        self.generators: rng.RngState = {}
+        """Their states at the present step's beginning."""
         self._stack = ExitStack()
 
     def __enter__(self) -> Replayer:
@@ -138,7 +139,7 @@ class Replayer:
         assign(trained, self._clipping.applied(descent.found, factor))
         set_rates(self.optimizer, record.rates)
         self._take_step()
-        self._rng = rng.capture(self.device)
+        self.generators = rng.capture(self.device)
         self.position += 1
         if self.position in self._recorded and indices is None:
             self._arrive()
@@ -184,8 +185,8 @@ class Replayer:
         if step in self.trajectory.modes:
             _set_modes(self.model, self.trajectory.modes[step])
         if step in self.trajectory.rng_steps:
-            self._rng = self.trajectory.rng(step)
-        rng.restore(self._rng, self.device)
+            self.generators = self.trajectory.rng(step)
+        rng.restore(self.generators, self.device)
 
     def _forward(self, inputs: Any, targets: Tensor, watch: Watch | None) -> Forward:
         return forward(
@@ -201,7 +202,7 @@ class Replayer:
     def _load(self, state: State) -> None:
         load_model(state, self.model)
         load_optimizer(state, self.optimizer, self.trajectory.manifest.optimizer)
-        self._rng = state.rng
+        self.generators = state.rng
         modes = self.trajectory.modes
         _set_modes(self.model, modes[max(step for step in modes if step <= max(state.step, 0))])
         self.position = state.step
@@ -239,7 +240,7 @@ def gradient_norms(trajectory: Trajectory, model: nn.Module, dataset: Any) -> li
 
     >>> import tempfile, kxexplain as kx
     >>> data, model = kx.datasets.toy(20), nn.Linear(2, 2)
-    >>> trajectory = kx.train(model, data.train, epochs=2, out=tempfile.mkdtemp(), progress=False)
+    >>> trajectory = kx.train(model, data.train, epochs=2, out=tempfile.mkdtemp(), norms=True)
     >>> gradient_norms(trajectory, model, data.train) == [step.gradient_norm for step in trajectory.steps]
     True
     """

@@ -53,6 +53,8 @@ class Trajectory:
         reader: Reader,
         loss: LossFunction | None,
         optimizer: MakeOptimizer | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -62,8 +64,8 @@ class Trajectory:
         logged, last = reader.count(), self.states[-1].step
         if logged < last:
             raise TrajectoryError(f"{reader.path} lacks steps: {logged} of {last} are logged")
-        self.tail = logged - last
-        self.steps = Steps(reader, last)
+        self.tail = 0 if whole else logged - last
+        self.steps = Steps(reader, logged if whole else last)
         self._reader = reader
         self._loss = loss
         self._own_optimizer = optimizer
@@ -106,6 +108,10 @@ class Trajectory:
         for state in trajectory.states:
             trajectory._check_size(state)
         return trajectory
+
+    def again(self, *, whole: bool = False) -> Trajectory:
+        """The same folder as it is now; with ``whole`` the steps after the last state are among the others."""
+        return Trajectory(self.path, self.manifest, self._reader, self._loss, self._own_optimizer, whole=whole)
 
     @property
     def loss_name(self) -> str:

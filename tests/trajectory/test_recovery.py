@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import kxexplain as kx
+from kxexplain.trajectory import Trajectory, record, recover
+from tests.trajectory.runs import CASES, assert_same, build, examples, named, parameters_of
+
+DATA = examples(16)
+BATCHES = [[(start + i) % 16 for i in range(5)] for start in range(0, 100, 5)]
+"""An epoch ends with the fourth batch, or one of the three after, of which something is left over."""
+
+
+class BrokenOffError(Exception):
+    """The loop's own."""
+
+
+def loop(out, case="mlp", between=None):
+    """The recorded loop, which goes on where it was; with the weights after every step."""
+    model, optimizer, _ = build(CASES[case])
+    torch.manual_seed(3)
+    passed = {0: named(model)}
+    with record(model, optimizer, "cross_entropy", DATA, out=out, resume=True) as recorder:
+        for number in range(recorder.position, len(BATCHES)):
+            inputs, targets = DATA[BATCHES[number]]
+            loss = nn.functional.cross_entropy(model(inputs), targets, reduction="none").mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if between == number:
+                raise BrokenOffError
+            recorder.step(BATCHES[number], loss)
+            passed[number + 1] = named(model)
+    return recorder.trajectory, passed, model
+
+
+def broken_off(out, **options):
+    with pytest.raises(BrokenOffError):
+        loop(out, **options)
+    return Trajectory.open(out)
+
+
+@pytest.mark.parametrize("case", ["mlp", "dropout", "batch norm", "momentum", "adamw, dropout"])
+@pytest.mark.parametrize("number", [3, 9, 12, 15])
+def test_a_loop_that_broke_off_between_a_step_and_its_log(tmp_path, case, number):
+    """Recovered, its last state is what training had come to; gone on with, it is as if nothing had happened."""
+    whole, passed, model = loop(tmp_path / "whole", case)
+    trajectory = broken_off(tmp_path / "parts", case=case, between=number)
+    last = max(s.step for s in whole.states if s.step <= number)
+    assert (len(trajectory), trajectory.tail) == (last, number - last)
+    recovered = recover(trajectory, model, DATA)
+    assert (len(recovered), recovered.tail) == (number, 0)
+    recovered.check_files()
+    state = recovered.state(number)
+    assert_same({**parameters_of(state), **state.buffers}, passed[number])
+    assert recovered.steps[:] == whole.steps[:number]
+    parts, _, again = loop(tmp_path / "parts", case)
+    assert_same(named(again), named(model))
+    assert [s.step for s in parts.states] == [s.step for s in whole.states]
+    assert parts.steps[:] == whole.steps[:]
+
+
+class Trap(nn.Module):
+    """Its outputs are always finite, but where it meets one example the gradient of a weight is not."""
+
+    def __init__(self, example: torch.Tensor) -> None:
+        super().__init__()
+        self.example = example
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        weight = self.first.weight
+        if (x == self.example).all(1).any():
+            weight = torch.where(weight == weight, weight, (weight - weight).sqrt())
+        return self.last(nn.functional.linear(x, weight, self.first.bias))
+
+
+def trapped(out, number):
+    """A loop of batches of five, states every five steps, that spoils the weights in one step."""
+    torch.manual_seed(4)
+    data = examples(80)
+    model = Trap(data[5 * number + 2][0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    passed = [named(model)]
+
+    def train():
+        with record(model, optimizer, "cross_entropy", data, out=out, keep=5) as recorder:
+            for indices in torch.arange(80).split(5):
+                inputs, targets = data[indices]
+                loss = nn.functional.cross_entropy(model(inputs), targets)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recorder.step(indices, loss)
+                passed.append(named(model))
+
+    with pytest.raises(kx.TrainingError, match="is not finite"):
+        train()
+    return Trajectory.open(out), model, data, passed
+
+
+@pytest.mark.parametrize("number", [1, 6, 13])
+def test_weights_that_were_spoilt(tmp_path, number):
+    """By a gradient that nobody looked at: what came before it can be explained."""
+    trajectory, model, data, passed = trapped(tmp_path, number)
+    assert (len(trajectory), trajectory.tail) == (number // 5 * 5, number % 5 + 1)
+    recovered = recover(trajectory, model, data)
+    assert (len(recovered), recovered.tail) == (number, 0)
+    assert_same(parameters_of(recovered.state(number)), passed[number])
+    bill = kx.explain(recovered, model, data, data[:2][0])
+    assert float(bill.remainder.abs().max()) < 1e-6
+
+
+def test_a_tail_of_bad_steps_only(tmp_path):
+    """The first step after a state spoils the weights: the folder is left as it is."""
+    trajectory, model, data, _ = trapped(tmp_path, 5)
+    files = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()}
+    again = recover(trajectory, model, data)
+    assert (len(again), again.tail) == (len(trajectory), trajectory.tail) == (5, 1)
+    assert {file: file.read_bytes() for file in files} == files
+
+
+def test_nothing_to_recover(tmp_path):
+    trajectory, _, model = loop(tmp_path)
+    assert recover(trajectory, model, DATA) is trajectory
+
+
+def test_wrong_arguments(tmp_path):
+    _, _, model = loop(tmp_path / "whole")
+    trajectory = broken_off(tmp_path / "run", between=6)
+    with pytest.raises(kx.DatasetError):
+        recover(trajectory, model, examples(15))
+    with pytest.raises(kx.ModelError):
+        recover(trajectory, nn.Linear(6, 3), DATA)
+    assert Trajectory.open(tmp_path / "run").tail == trajectory.tail > 0
+    case = CASES["steps"]
+    model, optimizer, scheduler = build(case)
+    scheduled = kx.train(model, DATA, optimizer=optimizer, scheduler=scheduler, epochs=1, out=tmp_path / "scheduled")
+    with pytest.raises(kx.ArgumentError, match="trained with a scheduler, whose state"):
+        recover(scheduled, model, DATA)
