@@ -26,7 +26,7 @@ def record(
     seed: int | None = None,
     clip_value: float | None = None,
     objective: Objective | None = None,
-    norms: bool = True,
+    norms: bool = False,
     features: int | None = None,
     segments: int | None = None,
     overwrite: bool = False,
@@ -48,10 +48,11 @@ def record(
     A dataset that augments at random must draw from torch's global generator, and its batches must come from
     ``recorder.fetch(indices)``, so that replay draws the same; ``TrainingError`` before the first step if they do not.
     ``keep`` says which states to keep: "step", "epoch", a number of steps, or a size like "200MB".
-    ``norms`` logs the norm of every step's gradient, which is a tenth of a short step's time. With ``norms=False``
-    :func:`kxexplain.gradient_norms` finds them by replay, and a gradient that is not finite is noticed before the
-    optimiser moves only where it reaches the smallest parameter (most losses that are not finite do): else when the
-    loop tells a loss that is not, or at the next state, and the steps since the last one are lost.
+    ``norms`` logs the norm of every step's gradient, which takes up to a tenth of a short step's time; without it
+    :func:`kxexplain.gradient_norms` finds them by replay. It also looks at every gradient before the optimiser moves:
+    without it one that is not finite stops training there only if it reaches the smallest parameter, as most do, and
+    else when the loop tells a loss that is not, or at the next state. The steps before that one can then be had by
+    :func:`kxexplain.recover`, as those of a loop that was killed.
     ``features`` collects gradient features of so many dimensions from the loop's own forward and backward passes, for
     the retrieval index in ``out``/index, as :func:`kxexplain.train` does; ``segments``, the number of states to come
     after the first (of epochs, with ``keep="epoch"``), divides their coordinates better from 512 dimensions on. They

@@ -24,10 +24,11 @@ from kxexplain.learning.unrecorded import Unrecorded
 from kxexplain.search.recording import FeatureRecorder
 from kxexplain.shapes import Inputs
 from kxexplain.trajectory import LossFunction, Recorder, Trajectory, rng
-from kxexplain.trajectory.batches import call
+from kxexplain.trajectory.batches import Fetcher, call
 from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.forward import Shares, assign, descend, forward, gradients, losses_of
 from kxexplain.trajectory.objective import Objective
+from kxexplain.trajectory.recorder import ONE, PLUS
 from kxexplain.trajectory.states import load_model, load_optimizer
 
 KNOWN = ("origin", "fixed")
@@ -44,6 +45,7 @@ class Run:
         scheduler: LRScheduler | None,
         recorder: Recorder | Unrecorded,
         *,
+        dataset: Any,
         loss: LossFunction,
         schedule: GradientSchedule | None = None,
     ) -> None:
@@ -60,10 +62,11 @@ class Run:
         """Whether the optimiser is given the loss' gradient as it is."""
         self.shares = Shares("mean")
         self.features: FeatureRecorder | None = None
-        self.sign, self.clip = 1, 1.0
+        self.sign, self.clip = PLUS, ONE
         """What the present step's gradient was multiplied by."""
         self.batches = math.ceil(self.examples / self.batch_size)
         self.device = next(model.parameters()).device
+        self._fetch = Fetcher(dataset, self.device)
         self.parameters = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
         self.start = 0
         self.rng: rng.RngState = {}  # to begin with, if not the seed's
@@ -127,20 +130,23 @@ class Run:
             interrupted = stack.enter_context(interrupts())
             stack.enter_context(self.recorder)
             for epoch in range(self.start // self.batches, self.epochs):
-                for indices in self._left(epoch):
-                    self._step(indices, epoch)
+                for indices, numbers in self._left(epoch):
+                    self._step(indices, numbers, epoch)
                     bar.step(epoch, self.losses[-1], self.optimizer.param_groups[0]["lr"])
                     if interrupted.is_set():
                         raise KeyboardInterrupt
                 self._end_epoch()
 
-    def _left(self, epoch: int) -> Iterator[Tensor]:
-        """The epoch's batches of indices that are still to come."""
+    def _left(self, epoch: int) -> Iterator[tuple[Tensor, list[int]]]:
+        """The epoch's batches that are still to come: indices to look examples up by, and the same to be logged."""
         order = permutation(self.examples, self.seed, epoch)
-        done = max(0, self.start - epoch * self.batches)
-        return iter(torch.split(order, self.batch_size)[done:])
+        done = max(0, self.start - epoch * self.batches) * self.batch_size
+        numbers = order.tolist()
+        for start in range(done, self.examples, self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            yield order[rows], numbers[rows]
 
-    def _step(self, indices: Tensor, epoch: int) -> None:
+    def _step(self, indices: Tensor, numbers: list[int], epoch: int) -> None:
         try:
             value = self._advance(indices)
         except TrainingError:
@@ -151,11 +157,11 @@ class Run:
                 f"{self.recorder.kept}. Mend the cause and go on with resume=True"
             ) from error
         self.losses.append(value)
-        self.recorder.step(indices, value, epoch=epoch, sign=self.sign, clip=self.clip)
+        self.recorder.step(numbers, value, epoch=epoch, sign=self.sign, clip=self.clip)
 
     def _advance(self, indices: Tensor) -> float:
         """Make a step; returns its loss."""
-        inputs, targets = self.recorder.fetch(indices)
+        inputs, targets = self._fetch(indices)
         if self.bare and self.features is None:
             return self._descend(inputs, targets)
         watch = None if self.features is None else self.features.watch(inputs)

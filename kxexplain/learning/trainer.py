@@ -53,6 +53,7 @@ def train(
     scheduler: LRScheduler | None = None,
     clip_norm: float | None = None,
     clip_value: float | None = None,
+    norms: bool | None = None,
     features: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -83,6 +84,8 @@ def train(
         clip_value: largest size of an element of a step's gradient, clamped as torch's ``clip_grad_value_`` does. A
             clamp is no sum over the examples: their shares are those of the gradient as it was before, and what the
             clamp took away from it is the bill's line "unattributed".
+        norms: log the norm of every step's gradient, which takes up to a tenth of a short step's time. By default where
+            there is a ``schedule``, which is made of them; :func:`kxexplain.gradient_norms` finds them otherwise.
         features: collect gradient features of so many dimensions while training, so that the retrieval index needs no
             pass of its own: it is written to ``out``/index, for ``kx.GradientIndex.load``. Under momentum and Adam a
             step's gradients wait until nothing is left of them in the moment (some 200 steps at 0.9, in memory); where
@@ -118,9 +121,14 @@ def train(
         )  # fmt: skip
         own = own_class(plan.optimizer)
         recorder = Recorder(
-            model, plan.optimizer, plan.manifest, policy, path=path, loss=loss, dataset=dataset, overwrite=overwrite
-        )
-        run = Run(model, plan.optimizer, scheduler, recorder, loss=resolve(loss)[1], schedule=plan.schedule)
+            model, plan.optimizer, plan.manifest, policy,
+            path=path, loss=loss, dataset=dataset,
+            norms=schedule is not None if norms is None else norms, own=True, overwrite=overwrite,
+        )  # fmt: skip
+        run = Run(
+            model, plan.optimizer, scheduler, recorder,
+            dataset=dataset, loss=resolve(loss)[1], schedule=plan.schedule,
+        )  # fmt: skip
         if features is not None:
             borders = borders_of(policy, epochs * run.batches, run.batches)
             run.features = FeatureRecorder(
@@ -176,8 +184,11 @@ def fit(
             stack, model, dataset, loss, optimizer, epochs=epochs, batch_size=batch_size, seed=seed, keep="epoch",
             schedule=schedule, objective=objective, scheduler=scheduler, clip_norm=clip_norm, clip_value=clip_value,
         )  # fmt: skip
-        unrecorded = Unrecorded(model, plan.manifest, dataset)
-        run = Run(model, plan.optimizer, scheduler, unrecorded, loss=resolve(loss)[1], schedule=plan.schedule)
+        unrecorded = Unrecorded(plan.manifest)
+        run = Run(
+            model, plan.optimizer, scheduler, unrecorded,
+            dataset=dataset, loss=resolve(loss)[1], schedule=plan.schedule,
+        )  # fmt: skip
         rehearse(model, plan.manifest, dataset, run.sizes(), run.loss, own_class(plan.optimizer))
         run.train(progress=progress)
     return unrecorded.losses

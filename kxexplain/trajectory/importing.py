@@ -34,7 +34,7 @@ from kxexplain.trajectory.losses import LossFunction, resolve
 from kxexplain.trajectory.records import GroupRecord, Manifest, OptimizerRecord
 from kxexplain.trajectory.signature import describe_model
 from kxexplain.trajectory.states import State, encode, load_model
-from kxexplain.trajectory.store import LOG, MANIFEST, STATES, Row, Writer, check_free, folder, prepare, storage
+from kxexplain.trajectory.store import LOG, MANIFEST, STATES, Writer, check_free, folder, prepare, storage
 from kxexplain.trajectory.trajectory import Trajectory
 from kxexplain.trajectory.trial import evaluate
 
@@ -217,7 +217,7 @@ def _write(path: Path, manifest: Manifest, states: Iterator[State], descent: _De
         writer.put_state(0, partial(encode, start), kept=True)
         for end in states:
             chord = descent.explain(start, end)
-            writer.append(Row(start.step, start.step, (chord.coefficient,), b"", chord.loss, chord.norm, 1, 1.0))
+            writer.append((start.step, start.step, (chord.coefficient,), [], chord.loss, chord.norm, 1, 1.0))
             writer.put_state(end.step, partial(encode, end), kept=True)
             start = end
     finally:

@@ -16,7 +16,7 @@ import torch
 from kxexplain.errors import TrajectoryError
 from kxexplain.trajectory.records import StateRecord, StepRecord
 from kxexplain.trajectory.rng import RngState
-from kxexplain.trajectory.store import LOG, MANIFEST, STEPS_DIGEST, row_bytes, state_file, storage
+from kxexplain.trajectory.store import LOG, MANIFEST, STEPS_DIGEST, digest_of, state_file, storage
 
 BLOCK = 1024
 """Steps read, and cached, at once."""
@@ -133,11 +133,9 @@ class Reader:
         live = self.path.with_name(f"{LOG}-wal").exists()  # then some pages are there, not here
         if self.path.stat().st_size < expected and not live:
             raise TrajectoryError(f"{self.path} is truncated: it should have {expected} bytes")
-        digest = hashlib.sha256()
         with storage(self.path), self._connect() as log:
             log.execute("BEGIN")  # both from the same moment, while training may go on
-            for row in log.execute("SELECT * FROM steps ORDER BY step"):
-                digest.update(row_bytes(row))
+            digest = digest_of(log, self.path)
             recorded = log.execute("SELECT value FROM facts WHERE key = ?", (STEPS_DIGEST,)).fetchone()
         if (recorded or (hashlib.sha256().hexdigest(),))[0] != digest.hexdigest():
             raise TrajectoryError(f"{self.path} was altered: its steps do not have their checksum")

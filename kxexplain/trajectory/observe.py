@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from kxexplain.errors import ArgumentError, TrainingError
 from kxexplain.shapes import Tensors
 from kxexplain.trajectory import rng
 from kxexplain.trajectory.draws import Draws
+from kxexplain.trajectory.groups import Groups
 from kxexplain.trajectory.log import Modes
-
-RATES = ("params", "lr", "initial_lr")
-"""Options of a parameter group that may change while training goes on."""
 
 WIDE = frozenset({torch.float32, torch.float64})
 """Types in which a sum of squares neither overflows nor loses its digits."""
@@ -46,52 +44,58 @@ class Observer:
         random: the dataset draws from the generator, so that a step begins where its batch is fetched.
         norms: measure the gradient's norm in every step; else :attr:`norm` is NaN, and only the smallest parameter's
             gradient is looked at, which a loss that is not finite reaches, too.
+        steps_only: nothing draws random numbers but the steps, their fetching included.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, random: bool = False, norms: bool = True
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        random: bool = False,
+        norms: bool = False,
+        steps_only: bool = False,
     ) -> None:
         self.model = model
         self.random, self.norms = random, norms
-        self._fetched: list[tuple[list[int], rng.RngState]] = []  # since the last logged step
         self.optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = next(model.parameters()).device
         self.step = 0
-        self.pending = False
-        self.completed = False
+        """Number of the present step."""
+        self.pending = self.completed = False
+        """Whether the optimiser has begun the present step, and made it."""
         self.rates: tuple[float, ...] = ()
         self.norm = math.nan
-        self.draws = Draws(self.device)
+        self.begun: rng.RngState | None = None
+        """The generator states with which the present step began, if somebody looked."""
+        self.changed = False
+        """Whether the present step's modes are others than those of the step before."""
+        self.draws = Draws(rng.capture(self.device), steps_only=steps_only)
+        self._fetched: list[tuple[list[int], rng.RngState]] = []  # since the last logged step
         self._forward_hook: RemovableHandle | None = None
         self._buffers: Tensors | None = None
         self._has_buffers = any(True for _ in model.buffers())
-        self._groups = [Held.of(group) for group in optimizer.param_groups]
+        self._groups = Groups(optimizer)
         self._by_size = sorted((p for p in self.parameters if p.numel()), key=Tensor.numel)
         self._read = next((p for p in self._by_size[:1] if p.dim() == 1 and len(p) <= FEW and p.dtype in WIDE), None)
         self._plain = is_plain(optimizer)
         self._names = [name for name, _ in model.named_modules()]
-        self._modules = list(model.modules())
         self._named = dict(model.named_parameters())
-        self._parameters = list(self._named.values())
         self._flags: tuple[list[bool], list[bool]] = ([], [])
-        self._told = self._flags
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Hooks are on the model and the optimiser inside the block."""
 
-        def before_step(*_: Any) -> None:
-            self._before_step()
-
         def after_step(*_: Any) -> None:
             self.completed = True
 
-        self._watch_forward()
         handles = [
-            self.optimizer.register_step_pre_hook(before_step),
+            self.optimizer.register_step_pre_hook(self._before_step()),
             self.optimizer.register_step_post_hook(after_step),
         ]
+        self._watch_forward()
         try:
             yield
         finally:
@@ -115,7 +119,7 @@ class Observer:
         for fetched, state in reversed(self._fetched):
             if not fetched or rest[-len(fetched) :] != fetched:
                 break
-            self.draws.began(state)
+            self.begun = state
             rest = rest[: -len(fetched)]
             if not rest:
                 return
@@ -125,34 +129,24 @@ class Observer:
             "that recorder.fetch() was given"
         )
 
-    def check_one_step(self) -> None:
-        """``TrainingError`` unless the optimiser stepped once since the last logged step."""
-        if not (self.pending and self.completed):
-            raise TrainingError(
-                "recorder.step() was called without an optimizer.step() before it; call it once "
-                "after each step of the optimizer that was given to record()"
-            )
-
-    def logged(self) -> rng.RngState | None:
-        """The pending step is logged; returns the generator states that a replay must be told it began with."""
-        told = self.draws.logged()
-        if self.draws.quiet:
-            if self._forward_hook is not None and not self._has_buffers:
-                self._leave_forward()
-        elif self._forward_hook is None:
-            self._watch_forward()
+    def next(self) -> rng.RngState:
+        """The present step is over; returns the generator states that it left behind."""
         self.step += 1
-        self.pending = self.completed = False
-        self._buffers, self._fetched = None, []
-        return told
+        self.pending = self.completed = self.changed = False
+        self.begun = self._buffers = None
+        if self.random:
+            self._fetched = []
+        return rng.capture(self.device)
 
-    def new_modes(self) -> Modes | None:
-        """Training modes and frozen parameters at the pending step, if they changed since the last call."""
-        if self._flags == self._told:
-            return None
-        self._told = self._flags
-        self.draws.steps_without = 0
-        self._watch_forward()
+    def follow(self) -> None:
+        """Look at forward passes, or leave them alone, as the steps so far ask for."""
+        if not self.draws.quiet:
+            self._watch_forward()
+        elif not self._has_buffers:
+            self._leave_forward()
+
+    def modes(self) -> Modes:
+        """Training modes and frozen parameters at the last step that began."""
         training, free = self._flags
         return Modes(
             tuple(name for name, on in zip(self._names, training, strict=True) if on),
@@ -179,63 +173,50 @@ class Observer:
 
     def _before_forward(self) -> None:
         check_precision(self.device)
-        self.draws.began()
+        self.begun = rng.capture(self.device)
         if self._has_buffers and self._buffers is None and not self.pending:
             self._buffers = {name: b.clone() for name, b in self.model.named_buffers()}
 
-    def _before_step(self) -> None:
+    def _before_step(self) -> Callable[..., None]:
+        """What the optimiser calls before a step: all that can be refused is refused here, and else noted."""
+        rates, size, norms = self._groups.rates, self._size, self.norms
+        parameters, modules = list(self._named.values()), list(self.model.modules())
+
+        def before_step(*_: Any) -> None:
+            if self.pending or (self.random and not self._fetched):
+                self._refuse()
+            now = rates(self.step)
+            free = list(map(FREE, parameters))
+            if False in free:
+                self._check_frozen()
+            flags = (list(map(TRAINING, modules)), free)
+            measured = size()
+            if not math.isfinite(measured):
+                raise TrainingError(
+                    f"the gradient at step {self.step} is not finite ({measured}); this step was not taken, and the "
+                    "trajectory is good up to its last state. Lower the learning rate, or check the inputs"
+                )
+            if flags != self._flags:
+                self._flags, self.changed = flags, True
+            if norms:
+                self.norm = measured
+            self.rates = now
+            self.pending = True
+
+        return before_step
+
+    def _refuse(self) -> None:
+        """``TrainingError`` for a step that must not be made, saying why."""
         if self.pending:
             raise TrainingError(
                 f"a second optimizer.step() at step {self.step} without recorder.step(indices) "
                 "after the first: training went past the recorder, and cannot be explained"
             )
-        if self.random and not self._fetched:
-            raise TrainingError(
-                f"the dataset draws at random, but the batch of step {self.step} was not fetched by "
-                "recorder.fetch(indices), so replay could not draw the same; nothing was changed. Write "
-                "inputs, targets = recorder.fetch(indices) in the loop"
-            )
-        rates = self._rates()
-        free = list(map(FREE, self._parameters))
-        if not all(free):
-            self._check_frozen()
-        self._flags = (list(map(TRAINING, self._modules)), free)
-        size = self._size()
-        if not math.isfinite(size):
-            raise TrainingError(
-                f"the gradient at step {self.step} is not finite ({size}); this step was not taken, and the trajectory "
-                "is good up to its last state. Lower the learning rate, or check the inputs"
-            )
-        if self.norms:
-            self.norm = size
-        self.rates = rates
-        self.pending = True
-
-    def _rates(self) -> tuple[float, ...]:
-        """Each group's learning rate; ``TrainingError`` if anything else of the groups is not as it was."""
-        groups, found = self.optimizer.param_groups, []
-        for group, held in zip(groups, self._groups, strict=False):
-            try:
-                rate, *options, parameters = held.read(group)
-            except KeyError as error:
-                raise TrainingError(
-                    f"the optimizer's option {error} is gone by step {self.step}; leave it in"
-                ) from error
-            if len(parameters) != held.size:
-                break
-            if options != held.options:
-                raise TrainingError(
-                    f"the optimizer's {held.changed(options)} by step {self.step}; nothing was changed. Only learning "
-                    "rates may change while recording (schedulers that cycle the momentum as well: "
-                    "cycle_momentum=False)"
-                )
-            found.append(float(rate))
-        if not len(found) == len(groups) == len(self._groups):
-            raise TrainingError(
-                f"the optimizer was given more parameters, or fewer, by step {self.step}; nothing was changed. Give it "
-                "all parameters before record(), and free them later with requires_grad_(True)"
-            )
-        return tuple(found)
+        raise TrainingError(
+            f"the dataset draws at random, but the batch of step {self.step} was not fetched by "
+            "recorder.fetch(indices), so replay could not draw the same; nothing was changed. Write "
+            "inputs, targets = recorder.fetch(indices) in the loop"
+        )
 
     def _size(self) -> float:
         """The gradient's norm; where that is not asked for, of the smallest parameter with one the sum or norm."""
@@ -255,28 +236,6 @@ class Observer:
                     f"{name} is frozen, but still has a gradient at step {self.step}, with which the optimizer would "
                     "move it; nothing was changed. Use zero_grad(set_to_none=True), or set its .grad to None"
                 )
-
-
-class Held(NamedTuple):
-    """What a parameter group was like at the start of the recording; read again in every step at once."""
-
-    keys: list[str]
-    read: Callable[[dict[str, Any]], Any]
-    """Gives the learning rate, the options of these names, and the parameters."""
-    options: list[Any]
-    size: int
-
-    @classmethod
-    def of(cls, group: dict[str, Any]) -> Held:
-        """The group as it is now."""
-        keys = [key for key in group if key not in RATES]
-        read = itemgetter("lr", *keys, "params")
-        return cls(keys, read, list(read(group)[1:-1]), len(group["params"]))
-
-    def changed(self, options: list[Any]) -> str:
-        """Which of these options is another, in words."""
-        pairs = zip(self.keys, self.options, options, strict=True)
-        return next(f"{key} changed from {before} to {now}" for key, before, now in pairs if now != before)
 
 
 def is_plain(optimizer: torch.optim.Optimizer) -> bool:

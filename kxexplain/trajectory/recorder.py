@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from os import PathLike
@@ -22,6 +23,8 @@ from kxexplain.trajectory.beside import Beside
 from kxexplain.trajectory.clipping import Clipping
 from kxexplain.trajectory.deferral import Deferral
 from kxexplain.trajectory.describe import check_budget, describe
+from kxexplain.trajectory.epochs import Epochs
+from kxexplain.trajectory.log import Modes
 from kxexplain.trajectory.losses import LossFunction
 from kxexplain.trajectory.objective import Objective
 from kxexplain.trajectory.observe import Observer
@@ -29,13 +32,20 @@ from kxexplain.trajectory.records import Manifest
 from kxexplain.trajectory.sameness import check_same
 from kxexplain.trajectory.signature import own_class
 from kxexplain.trajectory.states import State, capture_state, encode, finite, load_model, load_optimizer, owned
-from kxexplain.trajectory.store import Row, Writer, check_free, folder, is_trajectory, packed, prepare
+from kxexplain.trajectory.store import Row, Writer, check_free, folder, is_trajectory, prepare
 from kxexplain.trajectory.trajectory import Trajectory
 
 T = TypeVar("T")
 
 PLUS, ONE = 1, 1.0
 """The factors of a gradient that the loop leaves as it is."""
+
+OUTSIDE = "the recorder works inside its `with` block only"
+
+RECOVER = "and by kx.recover() up to the last good step"
+
+GATHERED, GATHERED_SECONDS = 8, 0.2
+"""So many steps, or those of so long, are logged together, which takes less time than one by one."""
 
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
@@ -52,7 +62,7 @@ def record(
     seed: int | None = None,
     clip_value: float | None = None,
     objective: Objective | None = None,
-    norms: bool = True,
+    norms: bool = False,
     beside: Callable[[Recorder], Beside] | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -101,7 +111,12 @@ def record(
 
 
 class Recorder:
-    """Writes a trajectory while a loop trains; made by :func:`record`."""
+    """Writes a trajectory while a loop trains; made by :func:`record`.
+
+    ``own`` says that the loop is :func:`kxexplain.train`'s: nothing in it draws random numbers but its steps, from the
+    fetching of their examples to the optimiser's, so that a replay draws the same without being told; and what it says
+    of a step need not be checked.
+    """
 
     kept = "the trajectory is good up to its last state"
     """What a loop that had to stop leaves behind."""
@@ -116,12 +131,13 @@ class Recorder:
         path: Path,
         loss: str | LossFunction,
         dataset: Any,
-        norms: bool = True,
+        norms: bool = False,
+        own: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.path = path
         self._dataset = dataset
-        self._norms, self._overwrite = norms, overwrite
+        self._norms, self._own, self._overwrite = norms, own, overwrite
         self.manifest = manifest
         self.extra: Callable[[], dict[str, Any]] = dict
         """Gives JSON-able values to store in every state; the trainer keeps its scheduler there."""
@@ -132,13 +148,17 @@ class Recorder:
         self.keep = keep
         """Which states are kept."""
         self._loss = loss if callable(loss) else None
-        self._epoch, self._seen, self._count = 0, 0, manifest.dataset.count
+        self._count = manifest.dataset.count
+        self._epochs = Epochs(self._count)
         self._resumed: Trajectory | None = None
         self._stack = ExitStack()
         self._observer: Observer | None = None
         self._writer: Writer | None = None
         self._done: Trajectory | None = None
         self._deferral = Deferral()
+        self._gathered: list[tuple[Row, Modes | None, rng.RngState | None, rng.RngState]] = []
+        """Steps not yet logged: row, modes if they are new, and the generators' states before (if known) and after."""
+        self._logged = 0.0  # when that was last empty
 
     @property
     def position(self) -> int:
@@ -186,8 +206,12 @@ class Recorder:
 
     def _begin(self) -> None:
         observer = Observer(
-            self._model, self._optimizer, random=self.manifest.dataset.random, norms=self._norms
-        )  # fmt: skip
+            self._model,
+            self._optimizer,
+            random=self.manifest.dataset.random and not self._own,
+            norms=self._norms,
+            steps_only=self._own,
+        )
         self._observer = observer
         if self._resumed is None:
             self._capture()  # weights that cannot be recorded are refused before an old run is removed
@@ -212,9 +236,12 @@ class Recorder:
 
     def _end(self, error: BaseException | None) -> None:
         observer, writer = _entered(self._observer), _entered(self._writer)
-        self._stack.close()
         unlogged = observer.pending
         try:
+            try:
+                self._log()
+            finally:
+                self._stack.close()
             if not unlogged and max(writer.states) < observer.step:
                 self._save(kept=False)
         except KxError as problem:
@@ -227,7 +254,7 @@ class Recorder:
         if unlogged and error is None:
             raise TrainingError(
                 f"the last optimizer.step(), at step {observer.step}, was not followed by "
-                "recorder.step(indices); the trajectory ends at the last state before it"
+                f"recorder.step(indices); the trajectory ends at the last state before it, {RECOVER}"
             )
 
     def fetch(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple[Inputs, Tensor]:
@@ -261,61 +288,74 @@ class Recorder:
         no number, a sign other than 1 and -1, and a clip that is not finite or negative. A Ctrl-C
         that comes meanwhile takes effect when the step is logged.
         """
-        self._deferral.busy = True
+        deferral, observer = self._deferral, self._observer
+        deferral.busy = True
         try:
-            self._log(indices, loss, epoch, sign, clip)
+            if observer is None or self._writer is None:
+                raise TrainingError(OUTSIDE)
+            if not (observer.pending and observer.completed):
+                raise TrainingError(
+                    "recorder.step() was called without an optimizer.step() before it; call it once "
+                    "after each step of the optimizer that was given to record()"
+                )
+            batch: Any = indices
+            value: Any = loss
+            if not self._own:
+                batch = indices.tolist() if type(indices) is Tensor else None
+                usual = type(batch) is list and batch and type(batch[0]) is int
+                if not usual or min(batch) < 0 or max(batch) >= self._count:
+                    batch = _checked(indices, self._count)
+                if observer.random:
+                    observer.check_fetched(batch)
+                if type(loss) is Tensor and loss.dim() == 0:
+                    value = loss.item()
+                if type(value) is not float:
+                    value = math.nan if loss is None else _number(value)
+                if not math.isfinite(value) and loss is not None:
+                    raise TrainingError(
+                        f"the loss at step {observer.step} is {value}; training stopped, and the trajectory is good up "
+                        f"to its last state, {RECOVER}. Lower the learning rate, or check the data"
+                    )
+                if epoch is not None:
+                    epoch = _epoch(epoch)
+                if sign is not PLUS or clip is not ONE:
+                    sign, clip = _factors(sign, clip)
+            number, ended = self._epochs.step(epoch, len(batch))
+            row = (observer.step, number, observer.rates, batch, value, observer.norm, sign, clip)
+            modes = observer.modes() if observer.changed else None
+            self._gathered.append((row, modes, observer.begun, observer.next()))
+            due = self.keep.wants(observer.step, epoch_ended=ended)
+            if (
+                not observer.draws.quiet
+                or len(self._gathered) >= GATHERED
+                or ended
+                or due
+                or modes is not None
+                or time.monotonic() - self._logged > GATHERED_SECONDS
+            ):
+                self._log(epoch_ended=ended)
+            if self.beside is not None:
+                self.beside.logged(row[0], batch, observer.rates, sign * clip)
+            if due:
+                self._save(kept=True)
+                self._thin()
         finally:
-            self._deferral.busy = False
-            if self._deferral.noted:
-                self._deferral.deliver()
+            deferral.busy = False
+            if deferral.noted:
+                deferral.deliver()
 
-    def _log(
-        self,
-        indices: Any,
-        loss: Any,
-        epoch: Any,
-        sign: Any,
-        clip: Any,
-    ) -> None:
-        """:meth:`step`, which may have been given anything."""
+    def _log(self, *, epoch_ended: bool = False) -> None:
+        """Hand the steps gathered to the writer."""
         observer, writer = _entered(self._observer), _entered(self._writer)
-        observer.check_one_step()
-        batch = _checked(indices, self._count)
-        if observer.random:
-            observer.check_fetched(batch)
-        value = math.nan if loss is None else _number(loss)
-        if epoch is not None:
-            epoch = _epoch(epoch)
-        if sign is not PLUS or clip is not ONE:
-            sign, clip = _factors(sign, clip)
-        if loss is not None and not math.isfinite(value):
-            raise TrainingError(
-                f"the loss at step {observer.step} is {value}; training stopped, and the "
-                "trajectory is good up to its last state. Lower the learning rate, or check the data"
-            )
-        number, ended = self._count_epoch(epoch, len(batch))
-        row = Row(observer.step, number, observer.rates, packed(batch), value, observer.norm, sign, clip)
-        modes, told = observer.new_modes(), observer.logged()
-        if told is not None:
-            writer.tell(row.step, told)
-        writer.append(row, modes=modes)
-        if self.beside is not None:
-            self.beside.logged(row.step, batch, row.rates, sign * clip)
-        if self.keep.wants(observer.step, epoch_ended=ended):
-            self._save(kept=True)
-            self._thin()
-
-    def _count_epoch(self, told: int | None, examples: int) -> tuple[int, bool]:
-        """The step's epoch, and whether a state is due because an epoch has ended."""
-        late = told is not None and told != self._epoch and self._seen > 0
-        if told is not None and told != self._epoch:
-            self._epoch, self._seen = told, 0
-        epoch = self._epoch
-        self._seen += examples
-        if self._seen >= self._count:
-            self._epoch, self._seen = epoch + 1, self._seen - self._count
-            return epoch, True
-        return epoch, late
+        draws, gathered = observer.draws, self._gathered
+        while gathered:
+            row, modes, begun, now = gathered.pop(0)  # a row is the writer's, even if it cannot write just then
+            if modes is not None:
+                draws.steps_without = 0
+            writer.append(row, modes=modes, rng=draws.logged(begun, now))
+        draws.expected = epoch_ended
+        observer.follow()
+        self._logged = time.monotonic()
 
     def _save(self, *, kept: bool) -> None:
         observer, writer = _entered(self._observer), _entered(self._writer)
@@ -334,12 +374,12 @@ class Recorder:
             self._optimizer,
             rng=observer.draws.state,
             buffers=observer.buffers(),
-            extra={**self.extra(), "epoch": self._epoch, "seen": self._seen},
+            extra={**self.extra(), **self._epochs.noted},
         )
         if not finite(state):
             raise TrainingError(
                 f"a parameter is not finite after {observer.step} steps; the trajectory is good up "
-                f"to its last state. Lower the learning rate, or check the initial weights"
+                f"to its last state, {RECOVER}. Lower the learning rate, or check the initial weights"
             )
         return state
 
@@ -367,16 +407,7 @@ class Recorder:
         state = trajectory.state(position)
         rng.restore(state.rng, observer.device)
         observer.begin(position, state.rng)
-        epoch, seen = state.extra.get("epoch"), state.extra.get("seen")
-        if isinstance(epoch, int) and isinstance(seen, int):
-            self._epoch, self._seen = epoch, seen
-        elif position:  # recorded before states had their place in the epoch
-            last = trajectory.steps[position - 1]
-            self._epoch = last.epoch
-            for step in reversed(trajectory.steps[-self.manifest.dataset.count :]):
-                self._seen += len(step.indices) if step.epoch == last.epoch else 0
-            if self._seen >= self.manifest.dataset.count:
-                self._epoch, self._seen = last.epoch + 1, 0
+        self._epochs = Epochs.after(trajectory, state)
         writer = Writer.reopen(self.path, trajectory.states, position)
         writer.replace_manifest(self.manifest.to_json())
         return writer
@@ -446,5 +477,5 @@ def _factors(sign: object, clip: object) -> tuple[int, float]:
 
 def _entered(value: T | None) -> T:
     if value is None:
-        raise TrainingError("the recorder works inside its `with` block only")
+        raise TrainingError(OUTSIDE)
     return value

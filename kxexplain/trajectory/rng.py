@@ -38,7 +38,12 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     >>> same(state, capture(torch.device("cpu"))), same(state, {})
     (True, False)
     """
-    return a.keys() == b.keys() and all(_bytes(state) == _bytes(b[device]) for device, state in a.items())
+    return content(a) == content(b)
+
+
+def content(state: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """What a captured state holds: of equal states it is equal, and found in a fifth of the time that torch takes."""
+    return {device: values.numpy().tobytes() for device, values in state.items()}
 
 
 def restore(state: Mapping[str, Tensor], device: torch.device) -> None:
@@ -72,11 +77,6 @@ def fork(device: torch.device) -> Iterator[None]:
         yield
     finally:
         restore(before, device)
-
-
-def _bytes(state: Tensor) -> bytes:
-    """Compared in every step of somebody's loop: a fifth of the time that torch takes."""
-    return state.numpy().tobytes()
 
 
 def _module(device: torch.device) -> Any:

@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from kxexplain.errors import ArgumentError, TrajectoryError
 from kxexplain.trajectory.records import StateRecord
 from kxexplain.trajectory.rng import RngState
 
 MANIFEST, LOG, STATES = "manifest.json", "steps.sqlite", "states"
-FLUSH_ROWS, FLUSH_SECONDS = 256, 0.5
+FLUSH_ROWS, FLUSH_EXAMPLES, FLUSH_SECONDS = 256, 1 << 15, 0.5
 
 SCHEMA = """
 CREATE TABLE steps (step INTEGER PRIMARY KEY, epoch INTEGER, rates BLOB, indices BLOB, loss REAL,
@@ -40,14 +40,30 @@ manifest ("manifest:<sha256>") and of the rows of ``steps`` ("steps"), and the s
 budget ("stride")."""
 
 
+NUMBERS = struct.Struct("<4q2dqd")
+"""A row's numbers, and the lengths of what else it has."""
+
 SET_FACT = "INSERT OR REPLACE INTO facts VALUES (?,?)"
 STEPS_DIGEST = "steps"
 
 
 def row_bytes(row: tuple[Any, ...]) -> bytes:
     """A row of the table ``steps`` as the bytes that its checksum is of."""
-    parts = [value if isinstance(value, bytes) else repr(value).encode() for value in row]
-    return b",".join([repr([len(part) for part in parts]).encode(), *parts])
+    step, epoch, rates, indices, loss, norm, sign, clip = row
+    loss, norm = math.nan if loss is None else loss, math.nan if norm is None else norm
+    packed: bytes = NUMBERS.pack(step, epoch, len(rates), len(indices), loss, norm, sign, clip) + rates + indices
+    return packed
+
+
+def digest_of(log: sqlite3.Connection, path: Path) -> Any:
+    """The checksum of all steps in the log, to go on with; ``TrajectoryError`` if one of them can be no step."""
+    digest = hashlib.sha256()
+    for row in log.execute("SELECT * FROM steps ORDER BY step"):
+        try:
+            digest.update(row_bytes(row))
+        except (struct.error, TypeError, ValueError) as error:
+            raise TrajectoryError(f"{path}: step {row[0]!r} is damaged: {error}") from error
+    return digest
 
 
 def state_file(step: int) -> str:
@@ -138,33 +154,30 @@ def _clear(path: Path) -> None:
             file.unlink()
 
 
-def packed(indices: list[int]) -> bytes:
-    """Indices as the log holds them."""
-    return struct.pack(f"<{len(indices)}q", *indices)
+Row: TypeAlias = tuple[int, int, tuple[float, ...], list[int], float, float, int, float]
+"""A step about to be logged: the fields of a ``StepRecord`` in their order."""
+
+Columns: TypeAlias = tuple[int, int, bytes, bytes, float | None, float | None, int, float]
+"""The columns of the table ``steps``."""
 
 
-class Row(NamedTuple):
-    """A step about to be logged; the fields are those of a ``StepRecord``, cheap to gather and small to keep."""
-
-    step: int
-    epoch: int
-    rates: tuple[float, ...]
-    indices: bytes
-    loss: float
-    gradient_norm: float
-    sign: int
-    clip: float
-
-    def columns(self) -> tuple[Any, ...]:
-        """The columns of the table ``steps``."""
-        rates = struct.pack(f"<{len(self.rates)}d", *self.rates)
-        loss = None if math.isnan(self.loss) else self.loss
-        norm = None if math.isnan(self.gradient_norm) else self.gradient_norm
-        return (self.step, self.epoch, rates, self.indices, loss, norm, self.sign, float(self.clip))
+def columns(row: Row) -> Columns:
+    """A step as the log holds it: smaller, so that rows waiting to be written leave the caches to the training."""
+    step, epoch, rates, indices, loss, norm, sign, clip = row
+    return (
+        step,
+        epoch,
+        struct.pack(f"<{len(rates)}d", *rates),
+        struct.pack(f"<{len(indices)}q", *indices),
+        None if math.isnan(loss) else loss,
+        None if math.isnan(norm) else norm,
+        sign,
+        float(clip),
+    )
 
 
 class Writer:
-    """Appends to a trajectory. Rows are gathered and written every half second or 256 steps.
+    """Appends to a trajectory. Rows are gathered and written every half second, 256 steps, or 32,768 examples.
 
     A state's file is written beside training, in a thread; its row, which makes it part of the trajectory, follows
     when the file is safely on the disk.
@@ -174,7 +187,8 @@ class Writer:
         self.path = path
         self.states: dict[int, StateRecord] = {}
         self.kept: set[int] = set()
-        self._rows: list[Row] = []
+        self._rows: list[Columns] = []
+        self._gathered = 0  # examples in these rows
         self._side: list[tuple[str, tuple[Any, ...]]] = []
         self._flushed = time.monotonic()
         self._digest = hashlib.sha256()
@@ -203,8 +217,7 @@ class Writer:
             for table in ("steps", "rng", "modes"):
                 writer._log.execute(f"DELETE FROM {table} WHERE step >= ?", (last,))
             rows = writer._log.execute("SELECT step FROM states WHERE kept").fetchall()
-            for row in writer._log.execute("SELECT * FROM steps ORDER BY step"):
-                writer._digest.update(row_bytes(row))
+            writer._digest = digest_of(writer._log, path / LOG)
             writer._log.execute(SET_FACT, (STEPS_DIGEST, writer._digest.hexdigest()))
         writer.states = {state.step: state for state in states}
         writer.kept = {int(step) for (step,) in rows}
@@ -219,19 +232,26 @@ class Writer:
         self.set_fact(_manifest_key(manifest.encode()), "")
         write_atomically(self.path / MANIFEST, manifest.encode())
 
-    def tell(self, step: int, states: RngState) -> None:
-        """Log the generator states with which a step began, where it did not go on from the one before it."""
-        for device, state in states.items():
-            self._side.append(("INSERT INTO rng VALUES (?,?,?)", (step, device, state.numpy().tobytes())))
+    def append(
+        self,
+        row: Row,
+        *,
+        modes: tuple[Sequence[str], Sequence[str]] | None = None,
+        rng: RngState | None = None,
+    ) -> None:
+        """Log a step; ``modes`` (training, frozen) where they differ from before.
 
-    def append(self, row: Row, *, modes: tuple[Sequence[str], Sequence[str]] | None = None) -> None:
-        """Log a step; ``modes`` (training, frozen) where they differ from before."""
-        self._rows.append(row)
+        ``rng`` are the generator states with which it began, where it did not go on from the step before.
+        """
+        self._rows.append(columns(row))
+        self._gathered += len(row[3])
+        for device, state in (rng or {}).items():
+            self._side.append(("INSERT INTO rng VALUES (?,?,?)", (row[0], device, state.numpy().tobytes())))
         if modes is not None:
-            values = (row.step, json.dumps(list(modes[0])), json.dumps(list(modes[1])))
+            values = (row[0], json.dumps(list(modes[0])), json.dumps(list(modes[1])))
             self._side.append(("INSERT INTO modes VALUES (?,?,?)", values))
-        due = time.monotonic() - self._flushed > FLUSH_SECONDS
-        if due or len(self._rows) >= FLUSH_ROWS:
+        many = len(self._rows) >= FLUSH_ROWS or self._gathered > FLUSH_EXAMPLES
+        if many or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -243,14 +263,12 @@ class Writer:
             return
         digest = self._digest.copy()  # a transaction that is rolled back must leave no trace
         with storage(self.path / LOG), self._transaction():
-            rows = [row.columns() for row in self._rows]
-            for row in rows:
-                digest.update(row_bytes(row))
-            self._log.executemany("INSERT INTO steps VALUES (?,?,?,?,?,?,?,?)", rows)
+            digest.update(b"".join(map(row_bytes, self._rows)))
+            self._log.executemany("INSERT INTO steps VALUES (?,?,?,?,?,?,?,?)", self._rows)
             self._log.execute(SET_FACT, (STEPS_DIGEST, digest.hexdigest()))
             for statement, values in self._side:
                 self._log.execute(statement, values)
-        self._digest, self._rows, self._side = digest, [], []
+        self._digest, self._rows, self._side, self._gathered = digest, [], [], 0
 
     def put_state(self, step: int, encode: Callable[[], bytes], *, kept: bool) -> None:
         """Write a state, encoded in the thread. One that is not ``kept`` is dropped when a later one is written."""

@@ -123,7 +123,7 @@ def test_clipping(clip: str, name: str, dtype: torch.dtype, tmp_path: Path) -> N
 
 def test_some_steps_are_below_the_limit(tmp_path: Path) -> None:
     problem = CASES["mlp-relu"].build()
-    trajectory = kx.train(problem.model, problem.data, epochs=3, batch_size=5, out=tmp_path, clip_norm=0.5)
+    trajectory = kx.train(problem.model, problem.data, epochs=3, batch_size=5, out=tmp_path, clip_norm=0.5, norms=True)
     assert {step.clip == 1 for step in trajectory.steps} == {True, False}
     assert all(step.gradient_norm <= 0.5 for step in trajectory.steps)
     assert_exact(problem, trajectory)

@@ -171,7 +171,7 @@ def test_bounds_of_a_recorded_run(name: str, tmp_path: Path) -> None:
 
 
 def test_clipping_counts_to_the_rate(tmp_path: Path) -> None:
-    trajectory, one = recorded(tmp_path, None, clip_norm=0.05)
+    trajectory, one = recorded(tmp_path, None, clip_norm=0.05, norms=True)
     found = kx.bounds(trajectory, one.minimizer, one.minimum)
     np.testing.assert_allclose(found.rates * found.norms, 0.1 * 0.05, rtol=1e-4)
     assert [g.holds for g in found.guarantees] == [True, True]
@@ -193,7 +193,10 @@ def test_runs_that_are_not_covered(options: dict[str, Any], message: str, tmp_pa
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
-    trajectory, one = recorded(tmp_path, None, epochs=2)
+    trajectory, one = recorded(tmp_path / "without", None, epochs=2)
+    with pytest.raises(kx.ArgumentError, match=r"without gradient norms; record with norms=True, or .*gradient_norms"):
+        kx.bounds(trajectory, one.minimizer)
+    trajectory, one = recorded(tmp_path / "with", None, epochs=2, norms=True)
     with pytest.raises(kx.ArgumentError, match="and not both"):
         kx.bounds(trajectory)
     with pytest.raises(kx.ArgumentError, match="and not both"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
+import kxexplain as kx
 from kxexplain.errors import ArgumentError, DatasetError, ModelError, TrainingError, TrajectoryError
 from kxexplain.learning.interrupts import interrupts
 from kxexplain.learning.trainer import train
@@ -76,9 +78,25 @@ def test_train_is_a_hand_written_loop(tmp_path, case, dtype):
     assert replayer.drift == 0.0
 
 
+@pytest.mark.parametrize(
+    ("options", "logged"),
+    [
+        ({}, False),
+        ({"norms": True}, True),
+        ({"schedule": "adagrad_norm"}, True),
+        ({"schedule": "adagrad_norm", "norms": False}, False),
+    ],
+)
+def test_norms_are_logged_where_asked_for_or_scheduled(tmp_path, options, logged):
+    model, data = nn.Linear(6, 3), examples()
+    trajectory = train(model, data, epochs=2, batch_size=5, out=tmp_path, **options)
+    assert [math.isnan(step.gradient_norm) for step in trajectory.steps] == [not logged] * 10
+    assert not logged or trajectory.norms() == kx.gradient_norms(trajectory, model, data)
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_ones_own_loop_writes_the_same(tmp_path, case):
-    trajectory, _ = run(tmp_path / "one", case)
+    trajectory, _ = run(tmp_path / "one", case, norms=True)
     data = examples(loss=case.loss)
     model, optimizer, scheduler = build(case)
     torch.manual_seed(3)
@@ -502,7 +520,7 @@ def test_named_inputs_and_sparse_gradients(tmp_path):
     words = torch.randint(0, 9, (10, 5), generator=generator)
     data = [({"words": words[i], "scale": torch.tensor(float(i))}, i % 3) for i in range(10)]
     model = TwoTables()
-    trajectory = train(model, data, epochs=2, batch_size=3, out=tmp_path, keep=3)
+    trajectory = train(model, data, epochs=2, batch_size=3, out=tmp_path, keep=3, norms=True)
     with Replayer(trajectory, model, data) as replayer:
         replayer.seek(0)
         while replayer.position < len(trajectory):

@@ -666,7 +666,7 @@ class TestInterrupted:
         heard, append = [], Writer.append
 
         def interrupting(writer, row, **options):
-            if row.step == 5:
+            if row[0] == 5:
                 signal.raise_signal(signal.SIGINT)
                 assert not heard
             append(writer, row, **options)

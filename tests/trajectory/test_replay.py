@@ -124,6 +124,27 @@ def test_one_that_draws_now_and_then_beside_a_loader_that_does(tmp_path, keep):
     assert replay(recorder.trajectory, model, data).drift == 0.0
 
 
+def test_a_loop_that_begins_to_draw_with_an_epoch_beside_a_model_that_does_now_and_then(tmp_path):
+    """Draws are expected at an epoch's beginning, as for its order; that they go on must be noticed in time."""
+    torch.manual_seed(1)
+    data, model = TensorDataset(torch.randn(40, 6), torch.arange(40) % 3), Rarely()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    quiet = (data.tensors[0].abs().amax(1) < 2.5).nonzero()[:, 0].tolist()
+    loud = [i for i in range(40) if i not in quiet]
+    with record(model, optimizer, "cross_entropy", data, out=tmp_path, keep=300) as recorder:
+        for number in range(60):
+            batch = [quiet[number % len(quiet)]] * 3 + [quiet[0] if number < 40 or number % 3 else loud[0]]
+            if number >= 40:
+                torch.rand(1)
+            optimizer.zero_grad()
+            inputs, targets = data[batch]
+            nn.functional.cross_entropy(model(inputs), targets, reduction="none").mean().backward()
+            optimizer.step()
+            recorder.step(batch)
+    assert recorder.trajectory.rng_steps == {42, 45, 48, 51, 54, 57}
+    assert replay(recorder.trajectory, model, data).drift == 0.0
+
+
 @pytest.mark.parametrize("whose", ["model", "loop"])
 @pytest.mark.parametrize("start", [20, 30, 31, 32, 33, 40, 47])
 def test_one_that_begins_to_draw_in_the_quiet(tmp_path, start, whose):
