@@ -85,7 +85,10 @@ def train(
             clamp is no sum over the examples: their shares are those of the gradient as it was before, and what the
             clamp took away from it is the bill's line "unattributed".
         norms: log the norm of every step's gradient, which takes up to a tenth of a short step's time. By default where
-            there is a ``schedule``, which is made of them; :func:`kxexplain.gradient_norms` finds them otherwise.
+            there is a ``schedule``, which is made of them; :func:`kxexplain.gradient_norms` finds them otherwise. It
+            also looks at every gradient before the optimiser moves: without it one that is not finite, in a step whose
+            loss is, stops training there only if it reaches the smallest parameter, as most do; else the next step's
+            loss does, the model's weights are spoilt, and :func:`kxexplain.recover` gets the run up to before.
         features: collect gradient features of so many dimensions while training, so that the retrieval index needs no
             pass of its own: it is written to ``out``/index, for ``kx.GradientIndex.load``. Under momentum and Adam a
             step's gradients wait until nothing is left of them in the moment (some 200 steps at 0.9, in memory); where

@@ -56,7 +56,8 @@ class Draws:
 
     def recorded(self) -> None:
         """A state was recorded, from which a replay may begin."""
-        self._replayed.append(self.state)
+        if not (self.steps_only or rng.same(self._replayed[-1], self.state)):
+            self._replayed.append(self.state)
 
     def logged(self, begun: rng.RngState | None, now: rng.RngState) -> rng.RngState | None:
         """A step has ended; returns the states that a replay must be told it began with.

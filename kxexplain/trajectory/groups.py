@@ -1,4 +1,4 @@
-"""An optimiser's parameter groups while it is recorded: their rates may change, and nothing else."""
+"""An optimiser's parameter groups while it is recorded: their rates may change, but no other option."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIXED = (int, float, str, type(None))
 
 
 class Groups:
-    """An optimiser's parameter groups, compared with what they were at the start.
+    """An optimiser's parameter groups, compared with what they were at the start: options, and how many parameters.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     >>> groups = Groups(optimizer)

@@ -30,6 +30,16 @@ class Keep:
         return epoch_ended if self.kind == "epoch" else step % self.stride == 0
 
 
+def noted(keep: str, stride: str | None) -> Keep:
+    """What a manifest notes, with the stride that a budget has led to.
+
+    >>> noted("5", None).stride, noted("1MB", "4").stride
+    (5, 4)
+    """
+    found = parse(int(keep) if keep.isdecimal() else keep)
+    return Keep("budget", int(stride or 1), found.budget) if found.kind == "budget" else found
+
+
 def parse(keep: str | int) -> Keep:
     """``ArgumentError`` for anything but "step", "epoch", an int >= 1 or a size like "200MB".
 

@@ -118,7 +118,7 @@ class Recorder:
     of a step need not be checked.
     """
 
-    kept = "the trajectory is good up to its last state"
+    kept = f"the trajectory is good up to its last state, {RECOVER}"
     """What a loop that had to stop leaves behind."""
 
     def __init__(

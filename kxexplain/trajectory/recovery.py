@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from kxexplain.errors import ArgumentError
+from kxexplain.trajectory import keep as keeping
 from kxexplain.trajectory.epochs import Epochs
 from kxexplain.trajectory.replay import Replayer
-from kxexplain.trajectory.states import State, capture_state, encode, finite
+from kxexplain.trajectory.states import State, capture_state, encode, finite, owned
 from kxexplain.trajectory.store import Writer
 from kxexplain.trajectory.trajectory import Trajectory
 
@@ -21,15 +22,16 @@ def recover(trajectory: Trajectory, model: nn.Module, dataset: Any) -> Trajector
 
     A loop that was killed, or whose weights were spoilt before it stopped (a gradient that was not finite, a step that
     went past the recorder), leaves ``trajectory.tail`` steps that nothing can be explained with, for want of the state
-    that they led to. It is found here in the time that training took for them, up to the last step after which every
-    parameter is finite; later ones are dropped. ``kx.record(resume=True)`` goes on from there. Where there is nothing
-    to recover, the trajectory is returned as it is.
+    that they led to. It is found here in the time that training took for them (twice that, where weights were spoilt),
+    up to the last step after which every parameter is finite; later ones are left in the log. States on the way are
+    kept as the run would have kept them, and ``kx.record(resume=True)`` goes on from the last. Nobody may be recording
+    into the folder meanwhile.
 
     Raises:
         ModelError: not the recorded architecture.
         DatasetError: not the recorded examples.
-        ArgumentError: a run of :func:`kxexplain.train` with a scheduler or a schedule, whose state cannot be found in
-            this way; ``resume=True`` makes its steps again.
+        ArgumentError: there is something to recover, but of a run of :func:`kxexplain.train` with a scheduler or a
+            schedule, whose state cannot be found in this way; ``resume=True`` makes its steps again.
 
     >>> import tempfile, torch, kxexplain as kx
     >>> data, model = kx.datasets.toy(20), nn.Linear(2, 2)
@@ -50,42 +52,48 @@ def recover(trajectory: Trajectory, model: nn.Module, dataset: Any) -> Trajector
     >>> len(recover(trajectory, model, data.train))
     2
     """
-    settings = Trajectory.required(trajectory).manifest.settings
+    trajectory = Trajectory.required(trajectory).again()  # as it is now
+    if not trajectory.tail:
+        return trajectory
     for name in ("scheduler", "schedule"):
-        if settings.get(name) is not None:
+        if trajectory.manifest.settings.get(name) is not None:
             raise ArgumentError(
                 f"{trajectory.path} was trained with a {name}, whose state replay does not find; go on with "
                 "kx.train(resume=True), which makes the steps after the last state again"
             )
-    if not trajectory.tail:
-        return trajectory
-    start, logged = len(trajectory), trajectory.again(whole=True)
+    logged = trajectory.again(whole=True)
     with Replayer(logged, model, dataset) as replayer:
-        good = _advanced(replayer, start, len(logged))
-        if replayer.position > good > start:
-            _advanced(replayer, start, good)
-        state = _state(replayer)
-    if good > start:
-        epochs = Epochs.after(trajectory, trajectory.state(start))
-        for step in logged.steps[start:good]:
-            epochs.step(step.epoch, len(step.indices))
-        state = replace(state, extra=epochs.noted)
-        writer = Writer.reopen(trajectory.path, trajectory.states, good)
+        writer = Writer.reopen(trajectory.path, trajectory.states, len(logged))
         try:
-            writer.put_state(good, partial(encode, state), kept=False)
+            _write(replayer, writer, trajectory)
         finally:
             writer.close()
     return trajectory.again()
 
 
-def _advanced(replayer: Replayer, start: int, stop: int) -> int:
-    """Go from one step to another; returns the last one with finite weights."""
+def _write(replayer: Replayer, writer: Writer, trajectory: Trajectory) -> None:
+    """Record the states that the run would have kept, and the last one with finite weights."""
+    start = last = len(trajectory)
+    keep = keeping.noted(trajectory.manifest.keep, trajectory.fact("stride"))
+    epochs = Epochs.after(trajectory, trajectory.state(start))
+    waiting = False  # whether the last good step has no state yet
     replayer.seek(start)
-    while replayer.position < stop:
+    for step in replayer.trajectory.steps[start:]:
         replayer.advance()
-        if not finite(_state(replayer)):
-            return replayer.position - 1
-    return stop
+        state = _state(replayer)
+        if not finite(state):
+            break
+        last = state.step
+        _, ended = epochs.step(step.epoch, len(step.indices))
+        waiting = not keep.wants(last, epoch_ended=ended)
+        if not waiting:
+            writer.put_state(last, partial(encode, owned(replace(state, extra=epochs.noted))), kept=True)
+    if waiting:
+        if replayer.position > last:
+            replayer.seek(start)
+            while replayer.position < last:
+                replayer.advance()
+        writer.put_state(last, partial(encode, replace(_state(replayer), extra=epochs.noted)), kept=False)
 
 
 def _state(replayer: Replayer) -> State:

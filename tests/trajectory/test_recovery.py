@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sqlite3
+
 import pytest
 import torch
 from torch import nn
@@ -17,12 +19,12 @@ class BrokenOffError(Exception):
     """The loop's own."""
 
 
-def loop(out, case="mlp", between=None):
+def loop(out, case="mlp", between=None, **options):
     """The recorded loop, which goes on where it was; with the weights after every step."""
     model, optimizer, _ = build(CASES[case])
     torch.manual_seed(3)
     passed = {0: named(model)}
-    with record(model, optimizer, "cross_entropy", DATA, out=out, resume=True) as recorder:
+    with record(model, optimizer, "cross_entropy", DATA, out=out, resume=True, **options) as recorder:
         for number in range(recorder.position, len(BATCHES)):
             inputs, targets = DATA[BATCHES[number]]
             loss = nn.functional.cross_entropy(model(inputs), targets, reduction="none").mean()
@@ -107,24 +109,59 @@ def test_weights_that_were_spoilt(tmp_path, number):
     trajectory, model, data, passed = trapped(tmp_path, number)
     assert (len(trajectory), trajectory.tail) == (number // 5 * 5, number % 5 + 1)
     recovered = recover(trajectory, model, data)
-    assert (len(recovered), recovered.tail) == (number, 0)
+    assert (len(recovered), recovered.tail) == (number, 1)
     assert_same(parameters_of(recovered.state(number)), passed[number])
+    recovered.check_files()
     bill = kx.explain(recovered, model, data, data[:2][0])
     assert float(bill.remainder.abs().max()) < 1e-6
 
 
 def test_a_tail_of_bad_steps_only(tmp_path):
-    """The first step after a state spoils the weights: the folder is left as it is."""
+    """The first step after a state spoils the weights: there is nothing to gain."""
     trajectory, model, data, _ = trapped(tmp_path, 5)
-    files = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()}
     again = recover(trajectory, model, data)
-    assert (len(again), again.tail) == (len(trajectory), trajectory.tail) == (5, 1)
-    assert {file: file.read_bytes() for file in files} == files
+    assert (len(again), again.tail, again.states) == (5, 1, trajectory.states)
+    again.check_files()
+
+
+@pytest.mark.parametrize("keep", ["epoch", "step", 3, "5kB"])
+def test_states_on_the_way_are_kept(tmp_path, keep):
+    """As if the process had been killed before any state but the first was written."""
+    whole, passed, model = loop(tmp_path / "whole", keep=keep)
+    broken_off(tmp_path / "run", between=13, keep=keep)
+    with sqlite3.connect(tmp_path / "run" / "steps.sqlite") as log:
+        log.execute("DELETE FROM states WHERE step > 0")
+        log.execute("DELETE FROM facts WHERE key = 'stride'")
+    trajectory = Trajectory.open(tmp_path / "run")
+    assert (len(trajectory), trajectory.tail) == (0, 13)
+    recovered = recover(trajectory, model, DATA)
+    recovered.check_files()
+    for state in recovered.states:
+        assert_same(parameters_of(recovered.state(state.step)), passed[state.step])
+    parts, _, _ = loop(tmp_path / "run", keep=keep)
+    assert [s.step for s in parts.states] == [s.step for s in whole.states]
+    assert parts.steps[:] == whole.steps[:]
+    parts.check_files()
+
+
+def test_a_trajectory_opened_before_the_run_was_over(tmp_path):
+    """What was recorded since is there afterwards as before."""
+    whole, _, model = loop(tmp_path / "run", keep=4)
+    with sqlite3.connect(tmp_path / "run" / "steps.sqlite") as log:
+        rows = log.execute("SELECT * FROM states WHERE step > 8").fetchall()
+        log.execute("DELETE FROM states WHERE step > 8")
+        log.commit()
+        early = Trajectory.open(tmp_path / "run")
+        log.executemany("INSERT INTO states VALUES (?,?,?,?)", rows)
+    assert early.tail == 12
+    recovered = recover(early, model, DATA)
+    assert recovered.states == whole.states
+    recovered.check_files()
 
 
 def test_nothing_to_recover(tmp_path):
     trajectory, _, model = loop(tmp_path)
-    assert recover(trajectory, model, DATA) is trajectory
+    assert recover(trajectory, model, DATA).states == trajectory.states
 
 
 def test_wrong_arguments(tmp_path):
@@ -137,6 +174,9 @@ def test_wrong_arguments(tmp_path):
     assert Trajectory.open(tmp_path / "run").tail == trajectory.tail > 0
     case = CASES["steps"]
     model, optimizer, scheduler = build(case)
-    scheduled = kx.train(model, DATA, optimizer=optimizer, scheduler=scheduler, epochs=1, out=tmp_path / "scheduled")
+    scheduled = kx.train(model, DATA, optimizer=optimizer, scheduler=scheduler, epochs=2, out=tmp_path / "scheduled")
+    assert len(recover(scheduled, model, DATA)) == 2
+    with sqlite3.connect(tmp_path / "scheduled" / "steps.sqlite") as log:
+        log.execute("DELETE FROM states WHERE step > 1")
     with pytest.raises(kx.ArgumentError, match="trained with a scheduler, whose state"):
         recover(scheduled, model, DATA)
