@@ -42,8 +42,6 @@ PLUS, ONE = 1, 1.0
 
 OUTSIDE = "the recorder works inside its `with` block only"
 
-RECOVER = "and by kx.recover() up to the last good step"
-
 GATHERED, GATHERED_SECONDS = 8, 0.2
 """So many steps, or those of so long, are logged together, which takes less time than one by one."""
 
@@ -118,9 +116,6 @@ class Recorder:
     of a step need not be checked.
     """
 
-    kept = f"the trajectory is good up to its last state, {RECOVER}"
-    """What a loop that had to stop leaves behind."""
-
     def __init__(
         self,
         model: nn.Module,
@@ -159,6 +154,12 @@ class Recorder:
         self._gathered: list[tuple[Row, Modes | None, rng.RngState | None, rng.RngState]] = []
         """Steps not yet logged: row, modes if they are new, and the generators' states before (if known) and after."""
         self._logged = 0.0  # when that was last empty
+
+    @property
+    def kept(self) -> str:
+        """What a loop that had to stop leaves behind, in words."""
+        good = "the trajectory is good up to its last state"
+        return good if self.manifest.scheduled else f"{good}, and by kx.recover() up to the last good step"
 
     @property
     def position(self) -> int:
@@ -254,7 +255,7 @@ class Recorder:
         if unlogged and error is None:
             raise TrainingError(
                 f"the last optimizer.step(), at step {observer.step}, was not followed by "
-                f"recorder.step(indices); the trajectory ends at the last state before it, {RECOVER}"
+                f"recorder.step(indices), so it is not in the log; {self.kept}"
             )
 
     def fetch(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple[Inputs, Tensor]:
@@ -313,8 +314,8 @@ class Recorder:
                     value = math.nan if loss is None else _number(value)
                 if not math.isfinite(value) and loss is not None:
                     raise TrainingError(
-                        f"the loss at step {observer.step} is {value}; training stopped, and the trajectory is good up "
-                        f"to its last state, {RECOVER}. Lower the learning rate, or check the data"
+                        f"the loss at step {observer.step} is {value}; training stopped, and {self.kept}. Lower the "
+                        "learning rate, or check the data"
                     )
                 if epoch is not None:
                     epoch = _epoch(epoch)
@@ -378,8 +379,8 @@ class Recorder:
         )
         if not finite(state):
             raise TrainingError(
-                f"a parameter is not finite after {observer.step} steps; the trajectory is good up "
-                f"to its last state, {RECOVER}. Lower the learning rate, or check the initial weights"
+                f"a parameter is not finite after {observer.step} steps; {self.kept}. Lower the learning rate, or "
+                "check the initial weights"
             )
         return state
 

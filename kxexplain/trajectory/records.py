@@ -132,6 +132,11 @@ class Manifest:
     logged: bool = True
     format_version: int = FORMAT_VERSION
 
+    @property
+    def scheduled(self) -> str | None:
+        """What set the rates of a run of :func:`kxexplain.train`, with a state of its own, if anything did."""
+        return next((name for name in ("scheduler", "schedule") if self.settings.get(name) is not None), None)
+
     def to_json(self) -> str:
         """The manifest as JSON text, one field a line; ``from_json`` reads it back."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"

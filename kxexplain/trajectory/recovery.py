@@ -55,12 +55,11 @@ def recover(trajectory: Trajectory, model: nn.Module, dataset: Any) -> Trajector
     trajectory = Trajectory.required(trajectory).again()  # as it is now
     if not trajectory.tail:
         return trajectory
-    for name in ("scheduler", "schedule"):
-        if trajectory.manifest.settings.get(name) is not None:
-            raise ArgumentError(
-                f"{trajectory.path} was trained with a {name}, whose state replay does not find; go on with "
-                "kx.train(resume=True), which makes the steps after the last state again"
-            )
+    if trajectory.manifest.scheduled is not None:
+        raise ArgumentError(
+            f"{trajectory.path} was trained with a {trajectory.manifest.scheduled}, whose state replay does not find; "
+            "go on with kx.train(resume=True), which makes the steps after the last state again"
+        )
     logged = trajectory.again(whole=True)
     with Replayer(logged, model, dataset) as replayer:
         writer = Writer.reopen(trajectory.path, trajectory.states, len(logged))

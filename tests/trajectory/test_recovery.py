@@ -180,3 +180,19 @@ def test_wrong_arguments(tmp_path):
         log.execute("DELETE FROM states WHERE step > 1")
     with pytest.raises(kx.ArgumentError, match="trained with a scheduler, whose state"):
         recover(scheduled, model, DATA)
+
+
+@pytest.mark.parametrize("schedule", [None, "constant"])
+def test_what_a_training_that_was_spoilt_says(tmp_path, schedule):
+    """Where ``kx.recover`` helps it is named, and gets the run up to the last good step."""
+    data = examples(80)
+    torch.manual_seed(4)
+    model = Trap(data[40][0])
+    with pytest.raises(kx.TrainingError) as raised:
+        kx.train(model, data, epochs=1, batch_size=5, out=tmp_path, schedule=schedule, norms=False)
+    assert ("kx.recover" in str(raised.value)) == (schedule is None)
+    trajectory = Trajectory.open(tmp_path)
+    if schedule is None:
+        assert trajectory.tail > 1
+        recovered = recover(trajectory, model, data)
+        assert (len(recovered), recovered.tail) == (trajectory.tail - 1, 1)
